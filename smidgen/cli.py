@@ -1,0 +1,76 @@
+"""The command line: a table of commands, each imported only when it runs.
+
+A command is a function that takes its config and returns its metrics; they are printed as one line of JSON, the
+last on standard output. Everything else a command says goes to standard error.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from cyclopts import App, CycloptsError
+from cyclopts.config import Yaml
+
+from smidgen import __version__
+from smidgen.errors import UserError
+
+app = App(
+    name="smidgen",
+    help="Few bits, few labels, little data: small accurate models that run on a device.",
+    version=__version__,
+    result_action="return_value",
+    suppress_keyboard_interrupt=False,
+)
+app.command("smidgen.quant.quantize:command", name="quantize", help="Quantize a language model and measure the written artifact.")
+app.command("smidgen.quant.evaluate:command", name="evaluate", help="Measure the perplexity of a model or artifact on texts.")
+app.command("smidgen.report:command", name="report", help="Write a page that shows one run, or compares several.")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0, or 2 with one line on standard error."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        tokens, recipe = split_recipe(list(sys.argv[1:] if arguments is None else arguments))
+        app.config = [recipe] if recipe else []
+        result = app(tokens, exit_on_error=False, print_error=False)
+    except (UserError, CycloptsError) as error:
+        return fail(" ".join(str(error).split()))
+    except ModuleNotFoundError as error:
+        return fail(f"this command needs the package {error.name}: pip install 'smidgen[quant]'")
+    except OSError as error:
+        return fail(f"{error.filename or 'input or output'}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        return fail("interrupted; nothing unfinished was kept")
+    if isinstance(result, dict):
+        sys.stdout.write(json.dumps(result) + "\n")
+    return 0
+
+
+def run() -> None:
+    """Entry point of the installed command."""
+    sys.exit(main())
+
+
+def fail(message: str) -> int:
+    """One line on standard error."""
+    sys.stderr.write(f"smidgen: {message}\n")
+    return 2
+
+
+def split_recipe(arguments: list[str]) -> tuple[list[str], Any]:
+    """Takes `--config recipe.yaml` out of the arguments; the command line overrides what it holds.
+
+    A recipe nests options under the name of their command, as RUN/config.yaml does.
+    """
+    for i, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name == "--config":
+            path = Path(value if equals else (arguments[i + 1 : i + 2] or [""])[0])
+            if not path.is_file():
+                raise UserError(f"--config: no such file: {path}")
+            rest = arguments[:i] + arguments[i + (1 if equals else 2) :]
+            return rest, Yaml(path, must_exist=True)
+    return arguments, None

@@ -1,0 +1,1 @@
+"""Quantization of language models: `smidgen quantize`."""

@@ -1,0 +1,102 @@
+"""Perplexity of a model or artifact: `smidgen evaluate`.
+
+Protocol: no special tokens, non-overlapping windows, mean negative log-likelihood over all predicted tokens (a window
+of L tokens predicts L - 1), exponentiated.
+"""
+
+import math
+import sys
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from cyclopts import Parameter
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from smidgen.errors import UserError
+from smidgen.quant.blocks import forward_precision
+from smidgen.quant.checkpoint import Checkpoint, load_model
+from smidgen.run import Run
+from smidgen.texts import windows
+
+PROMPTS = ("The history of the city began when", "To save energy, a small computer should", "Once upon a time there was a king who")
+NEW_TOKENS = 40
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Config:
+    """Options of `smidgen evaluate`."""
+
+    model: str
+    "A model (folder, .gguf file, hub id or smollm2-135m), an artifact, or the folder of a run."
+    _: KW_ONLY
+    text: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = ("docstrings:numpy",)
+    "Texts to evaluate on: text file, file.jsonl:field, docstrings:PACKAGE, hf:NAME[:CONFIG[:SPLIT[:FIELD]]]."
+    length: int = 1024
+    "Tokens in a window."
+    windows: int | None = None
+    "Windows per text, from its start; all of them if not given."
+    output: Path | None = None
+    "Folder of the run; by default a new one under runs/evaluate."
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    "Where to compute."
+
+
+def command(config: Config) -> dict[str, Any]:
+    """Measure the perplexity of a model or artifact on texts."""
+    with Run("evaluate", config, config.output, Path(config.model).name) as run:
+        return main(config, run)
+
+
+def main(config: Config, run: Run) -> dict[str, Any]:
+    """Loads the model as any user would, and reads every text once."""
+    device = pick_device(config.device)
+    folder = Path(config.model)
+    folder = folder / "artifact" if (folder / "artifact" / "config.json").is_file() else folder
+    if not (folder / "config.json").is_file():
+        folder = Checkpoint.open(config.model).folder
+    tokenizer = Checkpoint(folder, folder.name).tokenizer()
+    texts = {source: windows(source, tokenizer, config.length, config.windows) for source in config.text}
+    model = load_model(folder, torch.float32, device)
+    perplexities = {source: perplexity(model, tokens, run, source) for source, tokens in texts.items()}
+    size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    return run.finish(model=config.model, perplexity=perplexities, tokens={s: t.numel() for s, t in texts.items()}, size_bytes=size)
+
+
+@torch.inference_mode()
+def perplexity(model: PreTrainedModel, tokens: Int[Tensor, "windows length"], run: Run, label: str) -> float:
+    """exp of the mean negative log-likelihood of every token but the first of each window."""
+    device = next(model.parameters()).device
+    precision = forward_precision(device)
+    total = 0.0
+    for window in run.track(tokens, f"perplexity on {label}", len(tokens)):
+        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            logits = model(window[None].to(device), use_cache=False).logits[0, :-1]
+        total += torch.nn.functional.cross_entropy(logits.float(), window[1:].to(device), reduction="sum").item()
+    if not math.isfinite(total):
+        raise UserError(f"perplexity on {label} is not finite: the model's weights or its type cannot represent its activations")
+    mean = total / (tokens.shape[0] * (tokens.shape[1] - 1))
+    return math.exp(mean) if mean < math.log(sys.float_info.max) else math.inf
+
+
+@torch.inference_mode()
+def generate(model: Any, tokenizer: Any) -> dict[str, str]:
+    """Greedy continuations of a few prompts."""
+    device = next(model.parameters()).device
+    samples = {}
+    for prompt in PROMPTS:
+        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(device)
+        out = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+        samples[prompt] = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return samples
+
+
+def pick_device(name: str) -> torch.device:
+    """The device a command computes on."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")

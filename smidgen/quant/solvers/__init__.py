@@ -1,0 +1,7 @@
+"""The table of solvers; each file is one paper."""
+
+from smidgen.quant.solvers.boa import BOA
+from smidgen.quant.solvers.gptq import GPTQ
+from smidgen.quant.solvers.rtn import RTN
+
+SOLVERS = {"rtn": RTN, "gptq": GPTQ, "boa": BOA}
