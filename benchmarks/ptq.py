@@ -28,20 +28,9 @@ from smidgen.run import Run
 from smidgen.texts import windows
 
 RESULTS = Path(__file__).parent / "results" / "ptq.csv"
-COLUMNS = [
-    "setting",
-    "method",
-    "seconds",
-    "megabytes",
-    "bits_per_weight",
-    "seed",
-    "sequences",
-    "length",
-    "windows",
-    "commit",
-    "machine",
-    "date",
-]
+TEXTS = ["wikitext2_test", "shakespeare_dev", "wikitext2_dev"]
+SETUP = ["seed", "sequences", "length", "windows", "commit", "machine", "date"]
+COLUMNS = ["setting", "method", "seconds", "megabytes", "bits_per_weight", *TEXTS, *SETUP]
 
 
 def parse(setting: str) -> dict:
@@ -92,9 +81,8 @@ def llmcompressor(setting: str, options: argparse.Namespace, folder: Path) -> tu
     oneshot(model=model, dataset=data, recipe=recipe, max_seq_length=options.length, num_calibration_samples=len(tokens))
     seconds = time.monotonic() - started
     # its weights in memory are already rounded to the grid: saved as plain floats they load everywhere alike
-    torch.save(
-        {n: m.weight.detach().clone() for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}, folder.with_suffix(".pt")
-    )
+    layers = {n: m.weight.detach().clone() for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    torch.save(layers, folder.with_suffix(".pt"))
     return folder.with_suffix(".pt"), seconds, float("nan")
 
 
@@ -126,9 +114,8 @@ def row_of(method: str, setting: str, options: argparse.Namespace, folder: Path,
         artifact, seconds, bits = llmcompressor(setting, options, folder)
     else:
         artifact, seconds, bits = ours(method, setting, options, folder)
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False)
     return {
         "setting": setting,
         "method": method,
@@ -148,10 +135,9 @@ def row_of(method: str, setting: str, options: argparse.Namespace, folder: Path,
 def append(row: dict) -> None:
     """Adds a row to the results."""
     RESULTS.parent.mkdir(exist_ok=True)
-    texts = ["wikitext2_test", "shakespeare_dev", "wikitext2_dev"]
     new = not RESULTS.exists()
     with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS[:5] + texts + COLUMNS[5:], restval="")
+        writer = csv.DictWriter(file, COLUMNS, restval="")
         if new:
             writer.writeheader()
         writer.writerow(row)
@@ -186,8 +172,7 @@ if __name__ == "__main__":
                 rows.append(row_of(method, setting, options, Path(scratch) / f"{setting}-{method}", run))
                 append(rows[-1])
                 print("\t".join(f"{k}={rows[-1][k]}" for k in ("setting", "method", "seconds", *options.texts)), flush=True)
-    print(f"\n| setting | method | {' | '.join(options.texts)} | seconds | bits/weight |\n|---|---|{'---|' * len(options.texts)}---|---|")
+    table = ["setting", "method", *options.texts, "seconds", "bits_per_weight"]
+    print(f"\n| {' | '.join(table)} |\n|{'---|' * len(table)}")
     for row in rows:
-        print(
-            f"| {row['setting']} | {row['method']} | {' | '.join(str(row[t]) for t in options.texts)} | {row['seconds']} | {row['bits_per_weight']} |"
-        )
+        print(f"| {' | '.join(str(row[column]) for column in table)} |")

@@ -198,6 +198,11 @@ class QWeight:
         """Scale and zero repeated to one per weight."""
         return expand(self.scale, self.codes.shape[-1]), expand(self.zero, self.codes.shape[-1])
 
+    def split(self, rows: list[int]) -> "list[QWeight]":
+        """The opposite of `stack`: consecutive numbers of rows."""
+        parts = zip(*(t.split(rows) for t in (self.codes, self.scale, self.zero)), strict=True)
+        return [replace(self, codes=codes, scale=scale, zero=zero) for codes, scale, zero in parts]
+
     @staticmethod
     def stack(parts: "list[QWeight]") -> "QWeight":
         """Rows of several matrices on one grid, one above the other."""

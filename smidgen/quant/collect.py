@@ -47,6 +47,7 @@ class InputGrams:
         self.leader: dict[str, str] = {}
         self.total: dict[str, Tensor] = {}
         self.tokens: dict[str, int] = {}
+        self.finished: dict[str, Stats] = {}
         self.latest: tuple[Tensor | None, str] = (None, "")
         self.handles = [m.register_forward_pre_hook(self._hook(name)) for name, m in layers.items()]
 
@@ -74,11 +75,13 @@ class InputGrams:
         return self.latest[0]
 
     def stats(self, layer: str) -> Stats:
-        """The layer's input statistics, one H for all its rows."""
+        """The layer's input statistics, one H for all its rows; the same object for layers fed the same tensor."""
         if layer not in self.leader:
             raise UserError(f"{layer} was never called on the calibration data (a mixture of experts?); this architecture is not supported")
         leader = self.leader[layer]
-        return Stats(symmetrize(self.total[leader])[None] / self.tokens[leader], tokens=self.tokens[leader])
+        if leader not in self.finished:
+            self.finished[leader] = Stats(symmetrize(self.total[leader])[None] / self.tokens[leader], tokens=self.tokens[leader])
+        return self.finished[leader]
 
     def close(self) -> None:
         """Takes the hooks off."""

@@ -15,13 +15,14 @@ from transformers.pytorch_utils import Conv1D
 
 from smidgen.errors import UserError
 from smidgen.grid import Grid, QWeight
-from smidgen.quant.blocks import Block, attention_of, decoder_list, forward_precision, walk, weight_of
+from smidgen.quant.blocks import Block, Matrix, attention_of, decoder_list, forward_precision, walk, weight_of
 from smidgen.quant.checkpoint import Checkpoint, load_model
 from smidgen.quant.collect import collect
 from smidgen.quant.evaluate import generate, perplexity, pick_device
 from smidgen.quant.export import EXPORTERS
 from smidgen.quant.memory import peak_bytes, reset_peak
 from smidgen.quant.solvers import BOA, GPTQ, RTN
+from smidgen.quant.solvers.rtn import check_finite
 from smidgen.quant.stats import Stats
 from smidgen.report import write_report
 from smidgen.run import Run
@@ -201,22 +202,44 @@ def sampled(model: Any, sequences: int, length: int, seed: int) -> Int[Tensor, "
 def solve(block: Block, stats: dict[str, Stats], solver: Any, grid: Grid, run: Run) -> dict[str, QWeight]:
     """Quantizes every matrix of a block in place; fused layers come back whole."""
     parts: dict[str, list[QWeight]] = {}
-    for matrix in block.matrices():
+    for matrices in together(block.matrices(), stats):
         started = time.monotonic()
-        w = matrix.weight()
+        names = [f"{block.name}.{m.name}" for m in matrices]
+        weights, stat = [m.weight() for m in matrices], stats.get(matrices[0].name)
+        for name, w in zip(names, weights, strict=True):
+            check_finite(w, f"{name}: weights")
         try:
-            q = solver(w, stats.get(matrix.name), grid)
+            solved = solver(torch.cat(weights), stat, grid).split([len(w) for w in weights])
         except UserError as error:
-            raise UserError(f"{block.name}.{matrix.name}: {error}") from error
-        values = q.dequantize()
-        row = {"block": block.index, "layer": matrix.name, "role": matrix.role}
-        if matrix.name in stats:
-            error, energy = stats[matrix.name].loss(w - values), stats[matrix.name].loss(w)
-            row |= {"loss": error, "sqnr_db": 10 * math.log10(energy / error) if error > 0 < energy else None}
-        run.log(**row, relative_error=((w - values).norm() / w.norm()).item(), seconds=time.monotonic() - started)
-        w.copy_(values)
-        parts.setdefault(f"{block.name}.{matrix.layer}", []).append(q)
+            raise UserError(f"{' and '.join(names)}: {error}") from error
+        seconds = (time.monotonic() - started) / len(matrices)
+        for matrix, w, q in zip(matrices, weights, solved, strict=True):
+            values = q.dequantize()
+            run.log(block=block.index, layer=matrix.name, role=matrix.role, **errors(w, values, stat), seconds=seconds)
+            w.copy_(values)
+            parts.setdefault(f"{block.name}.{matrix.layer}", []).append(q)
     return {name: QWeight.stack(qs) for name, qs in parts.items()}
+
+
+def together(matrices: list[Matrix], stats: dict[str, Stats]) -> list[list[Matrix]]:
+    """Matrices fed the same input whose rows do not interact: solved as one, their Hessian is factorised once."""
+    groups: list[list[Matrix]] = []
+    for matrix in matrices:
+        stat = stats.get(matrix.name)
+        if groups and stat is not None and stat.h_out is None and stat is stats.get(groups[-1][0].name):
+            groups[-1].append(matrix)
+        else:
+            groups.append([matrix])
+    return groups
+
+
+def errors(w: Tensor, values: Tensor, stat: Stats | None) -> dict[str, float | None]:
+    """What rounding a matrix cost: of the weights, and where there are statistics of what the layer does with its inputs."""
+    row: dict[str, float | None] = {"relative_error": ((w - values).norm() / w.norm()).item()}
+    if stat is not None:
+        error, energy = stat.loss(w - values), stat.loss(w)
+        row |= {"loss": error, "sqnr_db": 10 * math.log10(energy / error) if error > 0 < energy else None}
+    return row
 
 
 @torch.no_grad()

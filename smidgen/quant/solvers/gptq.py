@@ -10,7 +10,7 @@ one matrix product ("lazy blocks"). Identities: W - W_hat = E U and the damped l
 Heads are a batch: a Stats with one H_in per head (the values' attention-weighted Hessian) is solved head by head
 at once. H_out is not read; `boa.py` is this with rows that interact as well.
 
-The original code forms U with three factorisations; `inverse_factor` needs one and a triangular inverse, in float64.
+The original code forms U with three factorisations; `inverse_factor` needs one, in float64, and a triangular inverse.
 """
 
 from dataclasses import dataclass
@@ -94,9 +94,9 @@ def inverse_factor(h: Float[Tensor, "*n d d"], dtype: torch.dtype) -> Float[Tens
     lower, failed = torch.linalg.cholesky_ex(backwards)
     if bool(failed.any()):
         raise UserError("a Hessian is not positive definite; raise the damping (--gptq.damp, --boa.damp) or use more calibration data")
-    r = lower.flip(-1, -2)
+    r = lower.flip(-1, -2).to(dtype)
     eye = torch.eye(h.shape[-1], dtype=r.dtype, device=r.device)
-    return torch.linalg.solve_triangular(r, eye.expand_as(r), upper=True).to(dtype)
+    return torch.linalg.solve_triangular(r, eye.expand_as(r), upper=True)
 
 
 def scale_metric(scales: Scales, h: Float[Tensor, "n d d"], u: Float[Tensor, "n d d"], order: Int[Tensor, "n d"]) -> Tensor | None:
