@@ -151,7 +151,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--calibration", default="wikitext2_calibration")
     parser.add_argument("--texts", nargs="+", default=["wikitext2_test", "shakespeare_dev"])
     parser.add_argument("--settings", nargs="+", default=["w2", "w3", "w3g64"])
-    parser.add_argument("--methods", nargs="+", default=["rtn", "gptq", "boa", "llmcompressor"])
+    parser.add_argument("--methods", nargs="+", default=["float", "rtn", "gptq", "boa", "llmcompressor"])
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=24)
@@ -164,7 +164,8 @@ if __name__ == "__main__":
     methods = [m for m in options.methods if m != "llmcompressor" or find_spec("llmcompressor")]
     if methods != options.methods:
         print("llmcompressor is not installed: its rows are left out")
-    cases = [("float", "-")] + [(m, s) for s in options.settings for m in methods]
+    cases = [("float", "-")] if "float" in methods else []
+    cases += [(m, s) for s in options.settings for m in methods if m != "float"]
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         with Run("ptq", Config(model=options.model), Path(scratch) / "benchmark") as run:

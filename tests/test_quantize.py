@@ -1,8 +1,8 @@
 """`smidgen quantize` from the command line to the artifact as its runtime loads it."""
 
 import json
+import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -244,7 +244,8 @@ def test_memory_does_not_grow_with_the_number_of_layers(tokenizer, train_text, t
         options = ["--sequences", "4", "--length", "64", "--eval-windows", "1", "--output", str(tmp_path / f"run{layers}")]
         texts = ["--calibration", str(train_text), "--evaluate", str(test_text)]
         command = [sys.executable, "-m", "smidgen", "quantize", str(folder), "--boa.scales", "minmax", *options, *texts]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # on a busy machine two wait for each other
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=one_thread)
         peak[layers] = json.loads(done.stdout.splitlines()[-1])["peak_memory_bytes"]
     assert peak[24] <= 1.1 * peak[12]
     assert peak[24] - peak[12] < 6 * block_bytes, "twelve more layers must not cost the memory of six"
@@ -335,6 +336,7 @@ def test_recipe_with_an_unknown_key(refused, tiny_llama, tmp_path):
 def test_interrupted_run_keeps_no_artifact(tiny_llama, train_text, test_text, tmp_path):
     script = f"""
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell may have it ignored
 import smidgen.quant.quantize as job
 solve = job.solve
 def interrupted(block, *rest):
@@ -351,7 +353,6 @@ sys.exit(main(["quantize", {str(tiny_llama)!r}, "--calibration", {str(train_text
     assert done.stderr.splitlines()[-1] == "smidgen: interrupted; nothing unfinished was kept"
     assert "Traceback" not in done.stderr
     assert not list((tmp_path / "run").glob("artifact*")) and not (tmp_path / "run" / "metrics.json").exists()
-    assert signal.SIGINT  # the signal a terminal sends on Ctrl-C
 
 
 def test_help_is_quick_and_leaves_torch_alone():
