@@ -106,7 +106,7 @@ def scale_metric(scales: Scales, h: Float[Tensor, "n d d"], u: Float[Tensor, "n 
     hessian      e H e^T, e the error of rounding to nearest (the authors of aespa and BoA)
     compensated  sum_j (e_j / U_jj)^2: the loss column-wise rounding ends with, since that is exactly the sum of its
                  scaled errors, taking e from the weights as they are before compensation. No product with H is
-                 needed, so it costs d instead of d^2 per candidate and row, and at 2 bits it is more accurate.
+                 needed, so it costs d instead of d^2 per candidate and row.
     """
     if scales == "minmax":
         return None
