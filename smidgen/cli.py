@@ -24,6 +24,7 @@ app = App(
     suppress_keyboard_interrupt=False,
 )
 app.command("smidgen.quant.quantize:command", name="quantize", help="Quantize a language model and measure the written artifact.")
+app.command("smidgen.quant.statistics:command", name="collect", help="Collect a model's statistics once, to quantize to any bits later.")
 app.command("smidgen.quant.evaluate:command", name="evaluate", help="Measure the perplexity of a model or artifact on texts.")
 app.command("smidgen.report:command", name="report", help="Write a page that shows one run, or compares several.")
 

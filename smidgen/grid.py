@@ -194,6 +194,11 @@ class QWeight:
             return self.grid.decode(self.codes.to(scale.dtype), scale, zero)
         return ((self.codes.to(scale.dtype) - zero).to(stored) * scale.to(stored)).to(scale.dtype)
 
+    def bits(self) -> int:
+        """What codes, scales and zero points take."""
+        per_scale = torch.finfo(getattr(torch, self.grid.scale_dtype)).bits + (0 if self.grid.symmetric else self.grid.bits)
+        return self.codes.numel() * self.grid.bits + self.scale.numel() * per_scale
+
     def expanded(self) -> tuple[Tensor, Tensor]:
         """Scale and zero repeated to one per weight."""
         return expand(self.scale, self.codes.shape[-1]), expand(self.zero, self.codes.shape[-1])

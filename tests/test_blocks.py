@@ -11,7 +11,7 @@ from smidgen.quant import attention, blocks
 from smidgen.quant.blocks import decoder_list
 from smidgen.quant.checkpoint import Checkpoint
 from smidgen.quant.collect import collect
-from smidgen.quant.families import ATTENTION
+from smidgen.quant.families import FAMILIES
 
 ALL = frozenset({"h_in", "h_out"})
 WIDTH, HEADS, DIM, LENGTH = 32, 4, 8, 20
@@ -54,6 +54,12 @@ def saved(config, folder):
                 parameter += 0.3 * torch.randn(parameter.shape)
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def whole_batches(monkeypatch):
+    """As many sequences in a batch as fit, also where there are few."""
+    monkeypatch.setattr(blocks, "BATCHES", 1)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +113,7 @@ def is_empty(module):
 
 
 def test_every_family_in_the_table_is_tested():
-    assert {CONFIGS[name].model_type for name in KNOWN} == set(ATTENTION)
+    assert {CONFIGS[name].model_type for name in KNOWN} == set(FAMILIES)
 
 
 @torch.no_grad()
@@ -407,7 +413,7 @@ def test_value_loss_is_the_change_of_the_attention_output(name, family, tokens, 
     for block in blocks_of(family(name), tokens):
         stats = collect(block, ALL)
         matrix = matrix_of(block, "value")
-        outputs = watch_input(block.module.get_submodule(block.attention.module).get_submodule(OUTPUT.get(name, "o_proj")))
+        outputs = watch_input(block.module.get_submodule(block.family.attention.module).get_submodule(OUTPUT.get(name, "o_proj")))
         w = matrix.weight()
         dw = 0.3 * torch.randn(w.shape, generator=torch.Generator().manual_seed(1))
         block.run(block.hidden[0])

@@ -230,7 +230,7 @@ def test_interacting_rows_make_boa_better_than_gptq(bits, scales, normal, moment
 def test_trained_attention_layers_lose_least_with_boa_and_most_with_rounding(bits, tiny_model, train_tokens, blocks_of):
     loss = dict.fromkeys((RTN(), GPTQ(), BOA()), 0.0)
     for block in blocks_of(tiny_model, train_tokens[:64]):
-        stats = collect(block, BOA.needs)
+        stats = collect(block, BOA().needs)
         for matrix in block.matrices():
             if matrix.role in ("query", "key"):
                 for solver in loss:

@@ -7,7 +7,8 @@ import smidgen.quant.solvers.gptq as gptq
 from smidgen.errors import UserError
 from smidgen.grid import Grid, expand
 from smidgen.quant.solvers import GPTQ, RTN
-from smidgen.quant.solvers.gptq import inverse_factor, solve_block, solve_columns
+from smidgen.quant.solvers.gptq import solve_block, solve_columns
+from smidgen.quant.solvers.hessian import inverse_factor
 from smidgen.quant.stats import Stats
 
 GRID = Grid(3, scale_dtype="float64")
@@ -123,8 +124,8 @@ def test_row_blocks_with_their_own_hessian_are_solved_apart(normal, moments):
 def test_quantized_weights_come_back_as_they_are(normal, moments):
     w, u = normal(1, 10, 25), inverse_factor(moments(1, 25), torch.float64)
     scale, zero = (t.expand_as(w) for t in GRID.fit(w))
-    codes = solve_columns(w.clone(), u, GRID, scale, zero)
-    again = solve_columns(GRID.decode(codes, scale, zero), u, GRID, scale, zero)
+    codes, _ = solve_columns(w.clone(), u, GRID, scale, zero)
+    again, _ = solve_columns(GRID.decode(codes, scale, zero), u, GRID, scale, zero)
     assert torch.equal(again, codes)
 
 

@@ -68,7 +68,7 @@ def test_artifact_has_the_codes_and_the_logits_of_the_weights_in_memory(tiny_lla
     weights = {n: RTN()(model.get_submodule(n).weight.detach(), None, grid) for n in layers}
     skeleton = checkpoint.skeleton(CPU)
     CompressedTensors.check(skeleton, layers, grid)
-    exporter = CompressedTensors(tmp_path, checkpoint, skeleton, grid)
+    exporter = CompressedTensors(tmp_path, checkpoint, skeleton)
     for i, block in enumerate(skeleton.model.layers):
         path = f"model.layers.{i}"
         exporter.add({n: q for n, q in weights.items() if n.startswith(path)}, block, path)
@@ -78,7 +78,7 @@ def test_artifact_has_the_codes_and_the_logits_of_the_weights_in_memory(tiny_lla
     for name, q in weights.items():
         codes = unpack(written[f"{name}.weight_packed"].numpy(), bits, q.codes.shape[1])
         assert torch.equal(torch.from_numpy(codes), q.codes)
-    expected = with_weights(half_embeddings(model), weights)(test_tokens[:2]).logits
+    expected = with_weights(half_embeddings(model), weights, {})(test_tokens[:2]).logits
     torch.testing.assert_close(load_model(tmp_path, torch.float32, CPU)(test_tokens[:2]).logits, expected, rtol=0, atol=1e-5)
 
 
@@ -113,7 +113,7 @@ def test_zero_points_are_packed_along_rows_as_the_library_reads_them():
 
     grid = Grid(3, 4)
     q = QWeight(torch.randint(8, (7, 8)).to(torch.uint8), torch.ones(7, 2), torch.randint(8, (7, 2)).float(), grid)
-    tensors = packed(q, grid)
+    tensors = packed(q)
     read = unpack_from_int32(tensors["weight_zero_point"], 3, torch.Size((7, 2)), packed_dim=0)
     assert torch.equal(read + 4, q.zero)
 
@@ -142,7 +142,7 @@ def test_two_shards_are_indexed(tiny_llama, quantize, tmp_path, monkeypatch):
 
 
 def test_golden_numbers(tiny_llama, quantize, test_text, tmp_path):
-    metrics = quantize(tiny_llama, "--bits", "3", "--group", "32")
+    metrics = quantize(tiny_llama, "--method", "boa", "--bits", "3", "--group", "32")
     # codes 3 bits; per 32 weights a float16 scale and a 3-bit zero
     assert metrics["bits_per_weight"] == pytest.approx(3 + (16 + 3) / 32, abs=1e-4)
     assert metrics["quantized_weights"] == 2 * (64 * 64 * 2 + 32 * 64 * 2 + 3 * 64 * 128)
@@ -160,7 +160,7 @@ def test_golden_numbers(tiny_llama, quantize, test_text, tmp_path):
 
 
 def test_same_command_same_result_and_config_repeats_it(tiny_llama, quantize, tmp_path, capsys):
-    first = quantize(tiny_llama, "--bits", "2", "--boa.damp", "0.05")
+    first = quantize(tiny_llama, "--method", "boa", "--bits", "2", "--boa.damp", "0.05")
     assert main(["quantize", "--config", str(tmp_path / "run" / "config.yaml"), "--output", str(tmp_path / "again")]) == 0
     second = json.loads(capsys.readouterr().out.splitlines()[-1])
     changing = {"quantize_seconds", "peak_memory_bytes"}
@@ -197,6 +197,18 @@ def test_calibration_on_the_model_itself_needs_no_text(tiny_llama, quantize, tes
     metrics = quantize(tiny_llama, "--bits", "3", "--calibration", "self")
     assert metrics["tokens"] == 16 * 64
     assert metrics["perplexity"][str(test_text)] < 1.3 * metrics["perplexity_float"][str(test_text)]
+
+
+def test_options_of_another_method_are_refused(tiny_llama, refused):
+    assert "--boa.* options are of --method boa, not of auto" in refused(tiny_llama, "--boa.damp", "0.05")
+    assert "--aespa.* options" in refused(tiny_llama, "--method", "boa", "--aespa.steps", "3")
+
+
+def test_auto_beats_boa_at_two_bits(tiny_llama, quantize, test_text, tmp_path):
+    auto = quantize(tiny_llama, "--bits", "2")
+    boa = quantize(tiny_llama, "--bits", "2", "--method", "boa", "--output", str(tmp_path / "boa"))
+    assert auto["perplexity"][str(test_text)] < boa["perplexity"][str(test_text)]
+    assert "residual" in auto["recipe"]
 
 
 def test_unknown_family_is_quantized_by_gptq_and_refused_by_boa(tokenizer, quantize, refused, tmp_path):
@@ -243,7 +255,7 @@ def test_memory_does_not_grow_with_the_number_of_layers(tokenizer, train_text, t
         tokenizer.save_pretrained(folder)
         options = ["--sequences", "4", "--length", "64", "--eval-windows", "1", "--output", str(tmp_path / f"run{layers}")]
         texts = ["--calibration", str(train_text), "--evaluate", str(test_text)]
-        command = [sys.executable, "-m", "smidgen", "quantize", str(folder), "--boa.scales", "minmax", *options, *texts]
+        command = [sys.executable, "-m", "smidgen", "quantize", str(folder), "--method", "boa", "--boa.scales", "minmax", *options, *texts]
         one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # on a busy machine two wait for each other
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=one_thread)
         peak[layers] = json.loads(done.stdout.splitlines()[-1])["peak_memory_bytes"]
@@ -338,12 +350,12 @@ def test_interrupted_run_keeps_no_artifact(tiny_llama, train_text, test_text, tm
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell may have it ignored
 import smidgen.quant.quantize as job
-solve = job.solve
+quantize = job.quantize
 def interrupted(block, *rest):
     if block.index == 1:
         os.kill(os.getpid(), signal.SIGINT)
-    return solve(block, *rest)
-job.solve = interrupted
+    return quantize(block, *rest)
+job.quantize = interrupted
 from smidgen.cli import main
 sys.exit(main(["quantize", {str(tiny_llama)!r}, "--calibration", {str(train_text)!r}, "--evaluate", {str(test_text)!r},
                "--length", "64", "--output", {str(tmp_path / "run")!r}]))

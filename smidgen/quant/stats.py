@@ -3,10 +3,15 @@
 The loss of an error dW = W_hat - W is the quadratic form  sum_h tr(H_out[h] dW[h] H_in[h] dW[h]^T), where the rows
 of W belong to heads h. GPTQ has one "head" and H_out = I. Moments are means over tokens, so twice the
 same data gives the same statistics; constant factors change no solver's result.
+
+Two more moments make more of the same data: `cross` says how far the inputs, which come out of quantized layers, are from what
+they would have been (`mismatch.py`), and `held` are the moments of a few sequences, for choices that must not be made on
+the data they are made from.
 """
 
+from collections import defaultdict, deque
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
@@ -25,6 +30,28 @@ class Stats:
     h_in: Float[Tensor, "one_or_heads in in"]
     h_out: Float[Tensor, "heads dim dim"] | None = None
     tokens: int = 0
+    cross: Float[Tensor, "one_or_heads in in"] | None = None
+    "E[(x_float - x) x^T]: x_float are the inputs in the unquantized model."
+    lacking: Float[Tensor, "out in"] | None = None
+    "E[(t_float - t) x^T]: t is the residual stream after the unquantized layer's output was added to it."
+    held: "Stats | None" = None
+    "`h_in`, `cross` and `tokens` of the held-out sequences alone; the moments above are of all sequences."
+
+    def fitted(self) -> "Stats":
+        """The sequences that are not held out: what is chosen on `held` must be made from these."""
+        assert self.held is not None
+        n, m = self.tokens, self.held.tokens
+
+        def rest(whole: Tensor | None, part: Tensor | None) -> Tensor | None:
+            return None if whole is None or part is None else (whole * n - part * m) / (n - m)
+
+        h_in = rest(self.h_in, self.held.h_in)
+        assert h_in is not None
+        return Stats(h_in, self.h_out, n - m, rest(self.cross, self.held.cross), rest(self.lacking, self.held.lacking))
+
+    def per(self, rows: int) -> "Stats":
+        """The same, counting so many rows of inputs as one token."""
+        return replace(self, tokens=self.tokens // rows, held=self.held.per(rows) if self.held else None)
 
     def heads(self) -> int:
         """Number of heads the rows are split into."""
@@ -37,6 +64,79 @@ class Stats:
         if self.h_out is not None:
             weighted = self.h_out @ weighted
         return float(torch.linalg.vecdot(weighted.flatten(), e.flatten()))
+
+
+class Moments:
+    """Sums of x^T x by name, over batches of rows x; with a reference, also of x_float^T x or of y^T x.
+
+    While `reference` is true, rows are only remembered, and the next rows of the same name are paired with them. While
+    `held` is true, rows count as held out.
+    """
+
+    def __init__(self) -> None:
+        self.reference = self.held = False
+        self.sums: dict[tuple[str, bool], _Sums] = {}
+        self.waiting: dict[str, deque[Tensor]] = defaultdict(deque)
+
+    def add(self, name: str, rows: Float[Tensor, "heads n in"], tokens: int, paired: bool = True, lacking: Tensor | None = None) -> None:
+        """Adds rows that stand for `tokens` tokens; rows that are not `paired` need no reference.
+
+        `lacking` (n, out) are rows y of what the output lacks.
+        """
+        if self.reference:
+            if paired:
+                self.waiting[name].append(rows)
+            return
+        sums = self.sums.setdefault((name, self.held), _Sums())
+        sums.tokens += tokens
+        sums.add("gram", rows)
+        if self.waiting[name]:
+            sums.add("cross", rows, self.waiting[name].popleft())
+        if lacking is not None:
+            sums.add("lacking", rows, lacking.to(rows.dtype)[None])
+
+    def stats(self, name: str) -> Stats:
+        """Means over tokens, of everything and of what was held out."""
+        fitted, held = (self.sums.pop((name, h), None) for h in (False, True))
+        if fitted is None or held is None:
+            only = fitted or held
+            assert only is not None
+            return only.stats()
+        return replace(fitted.plus(held).stats(), held=held.stats())
+
+
+@dataclass
+class _Sums:
+    """x^T x (lower triangles), x_float^T x, y^T x, and the number of tokens."""
+
+    products: dict[str, Tensor] = field(default_factory=dict)
+    tokens: int = 0
+
+    def add(self, kind: str, rows: Float[Tensor, "heads n in"], other: Float[Tensor, "heads n out"] | None = None) -> None:
+        if kind not in self.products:
+            out = rows if other is None else other
+            self.products[kind] = torch.zeros(len(rows), out.shape[-1], rows.shape[-1], device=rows.device)
+        for head, x in enumerate(rows):
+            if other is None:
+                add_gram(self.products[kind][head], x)
+            else:
+                add_product(self.products[kind][head], other[head], x)
+
+    def plus(self, other: "_Sums") -> "_Sums":
+        return _Sums({k: v + other.products[k] for k, v in self.products.items()}, self.tokens + other.tokens)
+
+    def stats(self) -> Stats:
+        h = symmetrize(self.products["gram"]) / self.tokens
+        cross, lacking = (self.products[k] / self.tokens if k in self.products else None for k in ("cross", "lacking"))
+        return Stats(h, None, self.tokens, None if cross is None else cross - h, None if lacking is None else lacking[0])
+
+
+def add_product(total: Float[Tensor, "k d"], a: Float[Tensor, "n k"], b: Float[Tensor, "n d"]) -> None:
+    """total += a^T b, in the precision of `add_gram`."""
+    exact = a.dtype == torch.bfloat16 and not a.is_cuda
+    a, b = (t.float() if t.dtype != torch.float64 else t for t in (a, b))
+    with torch.autocast(a.device.type, enabled=False), exact_products(exact):
+        total.addmm_(a.T, b)
 
 
 def add_gram(total: Float[Tensor, "d d"], x: Float[Tensor, "n d"]) -> None:

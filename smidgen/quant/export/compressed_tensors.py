@@ -19,16 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from smidgen.errors import UserError
-from smidgen.grid import Grid, QWeight
+from smidgen.grid import Grid, QWeight, expand
 from smidgen.quant.checkpoint import Checkpoint
-from smidgen.quant.pack import pack
+from smidgen.quant.pack import pack, unpack
 
 SHARD = 256 * 2**20  # bytes
+PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")  # of a quantized layer
 
 
 @dataclass
@@ -39,11 +40,10 @@ class CompressedTensors:
     checkpoint: Checkpoint
     model: PreTrainedModel
     "The skeleton: says which parameters exist."
-    grid: Grid
     waiting: dict[str, Tensor] = field(default_factory=dict)
     shards: list[list[str]] = field(default_factory=list)
     done: set[str] = field(default_factory=set)
-    layers: set[str] = field(default_factory=set)
+    layers: dict[str, Grid] = field(default_factory=dict)
 
     @staticmethod
     def check(model: PreTrainedModel, layers: list[str], grid: Grid) -> None:
@@ -57,17 +57,19 @@ class CompressedTensors:
     def add(self, weights: dict[str, QWeight], module: nn.Module, path: str) -> None:
         """Takes a block: its quantized layers by full name, and through `module` at `path` its other parameters."""
         for name, q in weights.items():
-            self.layers.add(name)
+            self.layers[name] = q.grid
             self.done.add(f"{name}.weight")
-            self.waiting |= {f"{name}.{key}": value for key, value in packed(q, self.grid).items()}
-        self._copy([f"{path}.{n}" for n, _ in module.named_parameters()])
+            self.waiting |= {f"{name}.{key}": value for key, value in packed(q).items()}
+        self._copy(
+            [f"{path}.{n}" for n, _ in module.named_parameters()], {f"{path}.{n}": p for n, p in module.named_parameters() if not p.is_meta}
+        )
         if sum(t.nbytes for t in self.waiting.values()) > SHARD:
             self._flush()
 
     def finish(self) -> None:
         """Writes what belongs to no block, the configuration and the tokenizer."""
         tied = self.model.all_tied_weights_keys
-        self._copy([n for n, _ in self.model.named_parameters(remove_duplicate=False) if n not in tied])
+        self._copy([n for n, _ in self.model.named_parameters(remove_duplicate=False) if n not in tied], {})
         self._flush()
         names = self._name_shards()
         total = sum(f.stat().st_size for f in self.folder.glob("*.safetensors"))
@@ -84,12 +86,12 @@ class CompressedTensors:
             self.model.generation_config.save_pretrained(self.folder)
         self.checkpoint.tokenizer().save_pretrained(self.folder)
 
-    def _copy(self, names: list[str]) -> None:
-        """Unquantized parameters: 16-bit as they are, float32 matrices as float16."""
+    def _copy(self, names: list[str], changed: dict[str, Tensor]) -> None:
+        """Unquantized parameters, with the values in `changed`: 16-bit types as they are, float32 matrices as float16."""
         names = [n for n in names if n not in self.done]
         self.done |= set(names)
         for name, value in self.checkpoint.read(names).items():
-            self.waiting[name] = half(value, name)
+            self.waiting[name] = half(changed[name].to("cpu", value.dtype) if name in changed else value, name)
 
     def _flush(self) -> None:
         if self.waiting:
@@ -111,18 +113,21 @@ class CompressedTensors:
     def _quantization_config(self) -> dict[str, Any]:
         from compressed_tensors.quantization import QuantizationConfig
 
-        group = self.grid.group
-        weights = {
-            "num_bits": self.grid.bits,
-            "symmetric": self.grid.symmetric,
-            "strategy": "channel" if group is None else "group",
-            "group_size": group,
-        }
         linear = {n for n, m in self.model.named_modules() if isinstance(m, nn.Linear)}
+        by_grid: dict[Grid, list[str]] = {}
+        for name, grid in self.layers.items():
+            by_grid.setdefault(grid, []).append(name)
         config = QuantizationConfig.model_validate(
             {
-                "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "format": "pack-quantized"}},
-                "ignore": sorted(linear - self.layers),
+                "config_groups": {
+                    f"group_{i}": {
+                        "targets": ["Linear"] if len(by_grid) == 1 else sorted(names),
+                        "weights": weight_scheme(grid),
+                        "format": "pack-quantized",
+                    }
+                    for i, (grid, names) in enumerate(by_grid.items())
+                },
+                "ignore": sorted(linear - set(self.layers)),
                 "format": "pack-quantized",
                 "quantization_status": "compressed",
             }
@@ -132,8 +137,19 @@ class CompressedTensors:
         return config.model_dump(mode="json") | {"quant_method": "compressed-tensors", "dequantize": True}
 
 
-def packed(q: QWeight, grid: Grid) -> dict[str, Tensor]:
+def weight_scheme(grid: Grid) -> dict[str, Any]:
+    """The format's words for a grid."""
+    return {
+        "num_bits": grid.bits,
+        "symmetric": grid.symmetric,
+        "strategy": "channel" if grid.group is None else "group",
+        "group_size": grid.group,
+    }
+
+
+def packed(q: QWeight) -> dict[str, Tensor]:
     """The tensors of one layer."""
+    grid = q.grid
     dtype = getattr(torch, grid.scale_dtype)
     codes = q.codes.cpu()
     tensors = {
@@ -154,3 +170,46 @@ def half(value: Tensor, name: str) -> Tensor:
     if not bool((value.abs() <= torch.finfo(torch.float16).max).all()):
         raise UserError(f"{name} holds NaN or values beyond float16")
     return value.half()
+
+
+def is_mixed(folder: Path) -> bool:
+    """Whether an artifact has layers of unequal bits.
+
+    The format holds them, but transformers 5.23 unpacks every layer by the first group's bits.
+    """
+    config = json.loads((folder / "config.json").read_text()).get("quantization_config") or {}
+    return len(config.get("config_groups") or {}) > 1
+
+
+def load_mixed(folder: Path, dtype: torch.dtype) -> Any:
+    """An artifact whose layers have unequal bits, as ordinary layers."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    groups = config.quantization_config["config_groups"].values()
+    schemes = {layer: group["weights"] for group in groups for layer in group["targets"]}
+    delattr(config, "quantization_config")
+    tensors: dict[str, Tensor] = {}
+    for file in folder.glob("*.safetensors"):
+        tensors |= load_file(file)
+    for layer, scheme in schemes.items():
+        tensors[f"{layer}.weight"] = unpacked(
+            {k: tensors.pop(f"{layer}.{k}") for k in PARTS if f"{layer}.{k}" in tensors}, scheme["num_bits"]
+        )
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    missing, unexpected = model.load_state_dict({n: t.to(dtype) for n, t in tensors.items()}, strict=False)
+    if unexpected or set(missing) - set(model.all_tied_weights_keys):
+        raise UserError(f"{folder}: the weights do not fit the model: {', '.join([*missing, *unexpected][:3])}")
+    model.tie_weights()
+    return model
+
+
+def unpacked(parts: dict[str, Tensor], bits: int) -> Tensor:
+    """The values of one layer; the opposite of `packed`."""
+    rows, columns = parts["weight_shape"].tolist()
+    codes = torch.from_numpy(unpack(parts["weight_packed"].numpy(), bits, columns))
+    scale = parts["weight_scale"]
+    zero = torch.full(scale.shape, 2 ** (bits - 1), dtype=torch.uint8)
+    if "weight_zero_point" in parts:
+        zero = torch.from_numpy(unpack(parts["weight_zero_point"].T.contiguous().numpy(), bits, rows)).T
+    return (codes.to(scale.dtype) - expand(zero.to(scale.dtype), columns)) * expand(scale, columns)

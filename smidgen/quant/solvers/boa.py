@@ -25,25 +25,17 @@ The damped loss is the sum of (E_rc / R_rr)^2. With H_out diagonal this is GPTQ,
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from smidgen.errors import UserError
 from smidgen.grid import Grid, QWeight, expand
-from smidgen.quant.solvers.gptq import (
-    Scales,
-    activation_order,
-    as_qweight,
-    damped,
-    identity_order,
-    inverse_factor,
-    permuted,
-    prepare,
-    scale_metric,
-    solve_columns,
-)
+from smidgen.quant.solvers.descent import refine
+from smidgen.quant.solvers.gptq import GPTQ, as_qweight, scale_metric
+from smidgen.quant.solvers.hessian import activation_order, damped, identity_order, inverse_factor, permuted, prepare
 from smidgen.quant.solvers.rtn import check_finite
 from smidgen.quant.stats import Stats
 
@@ -51,40 +43,55 @@ STEPS = 128  # anti-diagonals whose effect on the rest is applied at once
 
 
 @dataclass(frozen=True)
-class BOA:
+class BOA(GPTQ):
     """Rounding with compensation along columns and rows."""
 
-    damp: float = 0.01
-    "Added to the diagonal of both Hessian factors, as a fraction of their means."
-    act_order: bool = True
-    "Columns with the largest second moment first."
     row_order: bool = True
     "Rows of each head with the largest H_out diagonal first."
-    scales: Scales = "compensated"
-    "How scale and zero are chosen: see `gptq.scale_metric`."
+    keys: Literal["raw", "centred", "first_order"] = "raw"
+    "The queries' row factor: K^T K, the same of keys without their mean, or the first-order effect on the attention output."
+    value_rows: bool = False
+    "The values' row factor W_O^T W_O (equation 9); the authors' code has none."
+    mlp_rows: bool = False
+    "A row factor for the gate and up projections of gated MLPs as well."
 
-    needs: ClassVar[frozenset[str]] = frozenset({"h_in", "h_out"})
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.static_groups:
+            raise UserError("boa compensates whole heads, so it needs static_groups")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What `collect` must gather."""
+        rows = {"value_rows": self.value_rows, "mlp_rows": self.mlp_rows, self.keys: self.keys != "raw"}
+        return super().needs | {"h_out"} | {name for name, wanted in rows.items() if wanted}
 
     def __call__(self, w: Float[Tensor, "out in"], stats: Stats, grid: Grid) -> QWeight:
         """Solves for the codes; computes in float32, or float64 where the weights are."""
-        w, h = prepare(w, stats, self.damp)
-        order = activation_order(h) if self.act_order else identity_order(h)
-        u = inverse_factor(permuted(h, order, order), w.dtype)
-        scale, zero = grid.fit(w, scale_metric(self.scales, h, u, order))
-        columns = order[:, None, :].expand_as(w)
-        steps = [expand(t, w.shape[-1]).gather(-1, columns) for t in (scale, zero)]
         if stats.h_out is None:
-            codes = solve_columns(w.gather(-1, columns), u, grid, *steps)
-        else:
-            check_finite(stats.h_out, "second moments of the heads")
-            h_out = damped(stats.h_out.to(w.dtype), self.damp)
-            rows = activation_order(h_out) if self.row_order else identity_order(h_out)
-            r = inverse_factor(permuted(h_out, rows, rows), w.dtype)
-            rows = rows[:, :, None].expand_as(w)
-            w, *steps = (t.gather(-2, rows) for t in (w.gather(-1, columns), *steps))
-            codes = solve_wavefront(w, u, r, grid, *steps)
+            return super().__call__(w, stats, grid)
+        check_finite(stats.h_out, "second moments of the heads")
+        if self.choose:
+            w = self.aim(w, stats)
+            return self.chosen(w, stats, grid)(w, stats, grid)
+        w, h = prepare(self.aim(w, stats), stats, self.damp)
+        h_out = damped(stats.h_out.to(w.dtype), self.damp)
+        order = activation_order(h) if self.act_order else identity_order(h)
+        rows = activation_order(h_out) if self.row_order else identity_order(h_out)
+        u, r = inverse_factor(permuted(h, order, order), w.dtype), inverse_factor(permuted(h_out, rows, rows), w.dtype)
+        scale, zero = grid.fit(w, scale_metric(self.scales, h, u, order))
+        columns, rows = order[:, None, :].expand_as(w), rows[:, :, None].expand_as(w)
+
+        def solved(scale: Tensor) -> Tensor:
+            sorted_by = [t.gather(-1, columns).gather(-2, rows) for t in (w, *(expand(t, w.shape[-1]) for t in (scale, zero)))]
+            codes = solve_wavefront(sorted_by[0], u, r, grid, *sorted_by[1:])
             codes = torch.empty_like(codes).scatter_(-2, rows, codes)
-        return as_qweight(torch.empty_like(codes).scatter_(-1, columns, codes), scale, zero, grid)
+            return torch.empty_like(codes).scatter_(-1, columns, codes)
+
+        codes = solved(scale)
+        if self.passes:
+            codes, scale = refine(w, h, h_out, codes, scale, zero, grid, self.passes, solved)
+        return as_qweight(codes, scale, zero, grid)
 
 
 def solve_wavefront(

@@ -10,11 +10,11 @@ one matrix product ("lazy blocks"). Identities: W - W_hat = E U and the damped l
 Heads are a batch: a Stats with one H_in per head (the values' attention-weighted Hessian) is solved head by head
 at once. H_out is not read; `boa.py` is this with rows that interact as well.
 
-The original code forms U with three factorisations; `inverse_factor` needs one, in float64, and a triangular inverse.
+The original code forms U with three factorisations; `hessian.inverse_factor` needs one, in float64, and a triangular inverse.
 """
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -22,10 +22,14 @@ from torch import Tensor
 
 from smidgen.errors import UserError
 from smidgen.grid import Grid, QWeight, expand, metric_of
-from smidgen.quant.solvers.rtn import check_finite
+from smidgen.quant.solvers.descent import refine
+from smidgen.quant.solvers.hessian import activation_order, identity_order, inverse_factor, permuted, prepare
+from smidgen.quant.solvers.mismatch import aim
 from smidgen.quant.stats import Stats
 
+DAMPS = 0.003, 0.01, 0.03, 0.1  # tried by `choose`
 BLOCK = 128  # columns whose effect on the rest is applied at once
+Heads = Float[Tensor, "heads rows in"]
 Scales = Literal["minmax", "hessian", "compensated"]
 
 
@@ -41,16 +45,57 @@ class GPTQ:
     "Scales from the original weights; otherwise each group is fitted to the compensated weights it meets."
     scales: Scales = "compensated"
     "How scale and zero are chosen: see `scale_metric`."
-
-    needs: ClassVar[frozenset[str]] = frozenset({"h_in"})
+    passes: int = 0
+    "Rounds of refitted scales and descent over the codes afterwards: see `descent.py`."
+    mismatch: Literal["none", "inputs", "residual"] = "none"
+    "Correct for what earlier layers did to the inputs, or to the residual stream as well: see `mismatch.py`."
+    zfold: bool = False
+    "Fold a factor per input channel into the layer before: see `transforms/zfold.py`."
+    choose: bool = False
+    "Take damping and column order from the loss on held-out sequences, layer by layer, instead of as given."
 
     def __post_init__(self) -> None:
         if self.act_order and not self.static_groups:
             raise UserError("act_order takes columns out of their groups, so it needs static_groups")
+        if self.passes < 0:
+            raise UserError(f"passes must not be negative, got {self.passes}")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What `collect` must gather."""
+        extra = {"none": set(), "inputs": {"cross", "held"}, "residual": {"cross", "held", "residual"}}
+        return frozenset({"h_in"} | extra[self.mismatch] | ({"held"} if self.choose else set()))
 
     def __call__(self, w: Float[Tensor, "out in"], stats: Stats, grid: Grid) -> QWeight:
         """Solves for the codes; computes in float32, or float64 where the weights are."""
-        w, h = prepare(w, stats, self.damp)
+        if self.choose:
+            w = self.aim(w, stats)
+            return self.chosen(w, stats, grid)(w, stats, grid)
+        w, h = prepare(self.aim(w, stats), stats, self.damp)
+        codes, scale, zero, _ = self.rounded(w, h, grid)
+        if self.passes:
+            codes, scale = refine(w, h, None, codes, scale, zero, grid, self.passes)
+        return as_qweight(codes, scale, zero, grid)
+
+    def chosen(self, w: Float[Tensor, "out in"], stats: Stats, grid: Grid) -> "GPTQ":
+        """This solver with the damping and order that lose least on the held-out sequences when solved on the others."""
+        if stats.held is None:
+            raise UserError("choose needs statistics of held-out sequences")
+        fitted, held = stats.fitted(), replace(stats.held, h_out=stats.h_out)
+        orders = (True, False) if self.static_groups else (False,)
+        options = [{"damp": d, "act_order": o, "choose": False, "mismatch": "none"} for d in DAMPS for o in orders]
+        return replace(self, **min(options, key=lambda o: held.loss(replace(self.quick(), **o)(w, fitted, grid).dequantize() - w)))
+
+    def quick(self) -> "GPTQ":
+        """What is tried for a choice."""
+        return replace(self, passes=0)
+
+    def aim(self, w: Float[Tensor, "out in"], stats: Stats) -> Float[Tensor, "out in"]:
+        """The weights to approximate."""
+        return w if self.mismatch == "none" else aim(w, stats, self.damp)
+
+    def rounded(self, w: Heads, h: Float[Tensor, "one_or_heads in in"], grid: Grid) -> tuple[Heads, Tensor, Tensor, Heads]:
+        """Codes, scales, zeros, and every weight as it was just before it was rounded."""
         order = activation_order(h) if self.act_order else identity_order(h)
         u = inverse_factor(permuted(h, order, order), w.dtype)
         metric = scale_metric(self.scales, h, u, order)
@@ -58,45 +103,13 @@ class GPTQ:
         if self.static_groups:
             scale, zero = grid.fit(w, metric)
             steps = [expand(t, w.shape[-1]).gather(-1, columns) for t in (scale, zero)]
-            codes = solve_columns(w.gather(-1, columns), u, grid, *steps)
+            codes, errors = solve_columns(w.gather(-1, columns), u, grid, *steps)
         else:
-            codes, scale, zero = solve_groups(w, u, metric, grid)
-        return as_qweight(torch.empty_like(codes).scatter_(-1, columns, codes), scale, zero, grid)
-
-
-def prepare(w: Tensor, stats: Stats, damp: float) -> tuple[Float[Tensor, "heads rows in"], Float[Tensor, "one_or_heads in in"]]:
-    """Weights split into heads, with dead columns cleared, and the damped Hessian in their type.
-
-    A column no calibration token ever excited has a zero row in H: its weights become 0 and its diagonal 1.
-    """
-    w = w.unflatten(0, (stats.heads(), -1)).clone()
-    w = w if w.dtype == torch.float64 else w.float()
-    check_finite(w, "weights")
-    check_finite(stats.h_in, "second moments of the inputs")
-    dead = stats.h_in.diagonal(dim1=-2, dim2=-1) == 0
-    w.masked_fill_(dead[:, None, :], 0)
-    return w, damped(stats.h_in.to(w.dtype), damp)
-
-
-def damped(h: Float[Tensor, "*n d d"], damp: float) -> Float[Tensor, "*n d d"]:
-    """h plus `damp` times its mean diagonal; zeros of the diagonal, which nothing excited, become 1 first."""
-    diagonal = h.diagonal(dim1=-2, dim2=-1)
-    diagonal = torch.where(diagonal == 0, 1.0, diagonal)
-    return h.diagonal_scatter(diagonal + damp * diagonal.mean(-1, keepdim=True), dim1=-2, dim2=-1)
-
-
-def inverse_factor(h: Float[Tensor, "*n d d"], dtype: torch.dtype) -> Float[Tensor, "*n d d"]:
-    """Upper triangular U with h^-1 = U^T U.
-
-    h = R R^T with R upper triangular is an ordinary Cholesky factorisation of h read backwards; U = R^-1.
-    """
-    backwards = h.double().flip(-1, -2)
-    lower, failed = torch.linalg.cholesky_ex(backwards)
-    if bool(failed.any()):
-        raise UserError("a Hessian is not positive definite; raise the damping (--gptq.damp, --boa.damp) or use more calibration data")
-    r = lower.flip(-1, -2).to(dtype)
-    eye = torch.eye(h.shape[-1], dtype=r.dtype, device=r.device)
-    return torch.linalg.solve_triangular(r, eye.expand_as(r), upper=True)
+            codes, errors, scale, zero = solve_groups(w.clone(), u, metric, grid)
+        errors = errors * u.diagonal(dim1=-2, dim2=-1)[:, None, :]  # of rounding itself
+        codes, errors = (torch.empty_like(t).scatter_(-1, columns, t) for t in (codes, errors))
+        values = grid.decode(codes, expand(scale, w.shape[-1]), expand(zero, w.shape[-1]))
+        return codes, scale, zero, values + errors
 
 
 def scale_metric(scales: Scales, h: Float[Tensor, "n d d"], u: Float[Tensor, "n d d"], order: Int[Tensor, "n d"]) -> Tensor | None:
@@ -116,37 +129,16 @@ def scale_metric(scales: Scales, h: Float[Tensor, "n d d"], u: Float[Tensor, "n 
     return torch.empty_like(remaining).scatter_(-1, order, remaining)
 
 
-def identity_order(h: Float[Tensor, "n d d"]) -> Tensor:
-    """Columns as they are, for every head."""
-    return torch.arange(h.shape[-1], device=h.device).expand(h.shape[0], -1)
-
-
-def activation_order(h: Float[Tensor, "n d d"]) -> Tensor:
-    """Indices by descending diagonal, for every head."""
-    return h.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
-
-
-def permuted(h: Float[Tensor, "n r c"], rows: Tensor, columns: Tensor) -> Float[Tensor, "n r c"]:
-    """h[n, rows[n], :][:, columns[n]] for every head."""
-    h = h.gather(-2, rows[:, :, None].expand_as(h))
-    return h.gather(-1, columns[:, None, :].expand_as(h))
-
-
-def solve_columns(
-    w: Float[Tensor, "heads rows in"],
-    u: Float[Tensor, "one_or_heads in in"],
-    grid: Grid,
-    scale: Float[Tensor, "heads rows in"],
-    zero: Float[Tensor, "heads rows in"],
-) -> Float[Tensor, "heads rows in"]:
-    """The column loop; overwrites `w`."""
-    codes = []
+def solve_columns(w: Heads, u: Float[Tensor, "one_or_heads in in"], grid: Grid, scale: Heads, zero: Heads) -> tuple[Heads, Heads]:
+    """The column loop: codes and scaled errors E; overwrites `w`."""
+    codes, errors = [], []
     for start in range(0, w.shape[-1], BLOCK):
         block = slice(start, start + BLOCK)
-        done, errors = solve_block(w[..., block], u[:, block, block], grid, scale[..., block], zero[..., block])
-        w[..., start + BLOCK :] -= errors @ u[:, block, start + BLOCK :]
+        done, e = solve_block(w[..., block], u[:, block, block], grid, scale[..., block], zero[..., block])
+        w[..., start + BLOCK :] -= e @ u[:, block, start + BLOCK :]
         codes.append(done)
-    return torch.cat(codes, -1)
+        errors.append(e)
+    return torch.cat(codes, -1), torch.cat(errors, -1)
 
 
 def solve_block(w: Tensor, u: Tensor, grid: Grid, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,20 +154,19 @@ def solve_block(w: Tensor, u: Tensor, grid: Grid, scale: Tensor, zero: Tensor) -
     return codes.permute(1, 2, 0), errors.permute(1, 2, 0)
 
 
-def solve_groups(w: Tensor, u: Tensor, metric: Tensor | None, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
-    """The column loop with each group's grid fitted when its first column is reached."""
+def solve_groups(w: Heads, u: Tensor, metric: Tensor | None, grid: Grid) -> tuple[Heads, Heads, Tensor, Tensor]:
+    """The column loop with each group's grid fitted when its first column is reached: codes, E, scales, zeros."""
     columns = w.shape[-1]
     width = columns // grid.groups(columns)
-    codes, scales, zeros = [], [], []
+    parts = []
     for start in range(0, columns, width):
         group = slice(start, start + width)
         scale, zero = grid.fit_group(w[..., group], metric_of(metric, group, w.ndim))
-        done, errors = solve_block(w[..., group], u[:, group, group], grid, expand(scale, width), expand(zero, width))
+        codes, errors = solve_block(w[..., group], u[:, group, group], grid, expand(scale, width), expand(zero, width))
         w[..., start + width :] -= errors @ u[:, group, start + width :]
-        codes.append(done)
-        scales.append(scale)
-        zeros.append(zero)
-    return torch.cat(codes, -1), torch.cat(scales, -1), torch.cat(zeros, -1)
+        parts.append((codes, errors, scale, zero))
+    codes, errors, scale, zero = (torch.cat(t, -1) for t in zip(*parts, strict=True))
+    return codes, errors, scale, zero
 
 
 def as_qweight(codes: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> QWeight:

@@ -21,6 +21,7 @@ class RTN:
     """Round to nearest on the min-max grid."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    zfold: ClassVar[bool] = False
 
     def __call__(self, w: Float[Tensor, "out in"], stats: Stats | None, grid: Grid) -> QWeight:
         """`stats` is not read."""
