@@ -152,7 +152,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--calibration", default="wikitext2_calibration")
     parser.add_argument("--texts", nargs="+", default=["wikitext2_test", "shakespeare_dev"])
     parser.add_argument("--settings", nargs="+", default=["w2", "w3", "w3g64"])
-    parser.add_argument("--methods", nargs="+", default=["float", "rtn", "gptq", "boa", "llmcompressor"])
+    parser.add_argument("--methods", nargs="+", default=["float", "rtn", "gptq", "boa", "aespa", "auto", "llmcompressor"])
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=24)
