@@ -25,6 +25,7 @@ from smidgen.quant.memory import release
 Inputs = Literal["quantized", "float", "both"]
 BATCHES = 8  # at least, where there are so many sequences: the last can be held out
 BATCH_TOKENS = 2048  # tokens in one forward pass of a block: what it makes then stays in the processor's cache
+ON_CUDA = 8  # times as many there, where the time goes into starting kernels
 
 
 @dataclass
@@ -172,7 +173,8 @@ def _block_inputs(
     checkpoint.load(body, model.base_model_prefix, device, skip=(path + ".",))
     kept = list(blocks)
     catchers = [_Catcher() for _ in kept]
-    most = max(1, min(BATCH_TOKENS // tokens.shape[1], len(tokens) // BATCHES))
+    at_once = BATCH_TOKENS * (ON_CUDA if device.type == "cuda" else 1)
+    most = max(1, min(at_once // tokens.shape[1], len(tokens) // BATCHES))
     size = max(s for s in range(1, most + 1) if len(tokens) % s == 0)
     hidden = []
     try:
