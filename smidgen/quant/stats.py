@@ -142,8 +142,9 @@ def add_product(total: Float[Tensor, "k d"], a: Float[Tensor, "n k"], b: Float[T
 def add_gram(total: Float[Tensor, "d d"], x: Float[Tensor, "n d"]) -> None:
     """total += x^T x, accumulated in float32 whatever type `x` has. Fills the lower triangle only: see `symmetrize`.
 
-    Half of a symmetric product is enough, so columns are done in tiles (on a CUDA device starting them costs more than it saves). A bfloat16 `x` is widened first; its
-    products then fit the bfloat16 units exactly (`exact_products`), which doubles the speed on a CPU.
+    Half of a symmetric product is enough, so columns are done in tiles (on a CUDA device starting them costs more than it
+    saves). A bfloat16 `x` is widened first; its products then fit the bfloat16 units exactly (`exact_products`), which
+    doubles the speed on a CPU.
     """
     exact = x.dtype == torch.bfloat16 and not x.is_cuda
     x = x.float() if x.dtype != torch.float64 else x
