@@ -3,9 +3,11 @@
     python benchmarks/ptq.py                              # SmolLM2-135M, W2 W3 per channel and W3 group 64
     python benchmarks/ptq.py --settings w4s w4g64 --methods gptq boa --texts wikitext2_dev
 
-A setting is w BITS [g GROUP] [s]: w3g64 is 3 bits, asymmetric, group 64; s makes it symmetric. Every artifact is
-reloaded by plain transformers and measured on the first windows of each text, by the same function. llm-compressor
-runs in this same process when it is installed and gets the very tokens we calibrate on. Rows go to
+    python benchmarks/ptq.py --settings w2 --methods boa boa+mismatch=residual+passes=2 --seeds 0 1 2 --texts wikitext2_dev shakespeare_dev
+
+A method may carry its options, as in the last line. A setting is w BITS [g GROUP] [s]: w3g64 is 3 bits, asymmetric, group 64; s makes
+it symmetric. Every artifact is reloaded by plain transformers and measured on the first windows of each text, by the same function.
+llm-compressor runs in this same process when it is installed and gets the very tokens we calibrate on. Rows go to
 benchmarks/results/ptq.csv with the commit and the machine; a table is printed at the end.
 """
 
@@ -20,10 +22,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+import yaml
 
 from smidgen.quant.checkpoint import Checkpoint, load_model
 from smidgen.quant.evaluate import perplexity, pick_device
 from smidgen.quant.quantize import Config, main, size
+from smidgen.quant.solvers import SOLVERS
 from smidgen.run import Run
 from smidgen.texts import windows
 
@@ -41,16 +45,25 @@ def parse(setting: str) -> dict:
     return {"bits": int(match[1]), "group": int(match[2]) if match[2] else None, "symmetric": bool(match[3])}
 
 
-def ours(method: str, setting: str, options: argparse.Namespace, folder: Path) -> tuple[Path, float, float]:
+def solver(method: str) -> dict:
+    """boa+passes=2+mismatch=residual -> the method and its options, as the configuration holds them."""
+    name, *given = method.split("+")
+    if not given:
+        return {"method": name}
+    values = dict(pair.split("=", 1) for pair in given)
+    return {"method": name, name: SOLVERS[name](**{key: yaml.safe_load(value) for key, value in values.items()})}
+
+
+def ours(method: str, setting: str, seed: int, options: argparse.Namespace, folder: Path) -> tuple[Path, float, float]:
     """Our artifact, the seconds it took and its bits per weight."""
     config = Config(
         model=options.model,
-        method=method,
+        **solver(method),
         calibration=str(options.data / "text" / f"{options.calibration}.txt"),
         sequences=options.sequences,
         length=options.length,
         evaluate=(),
-        seed=options.seed,
+        seed=seed,
         **parse(setting),
     )
     with Run("quantize", config, folder) as run:
@@ -58,7 +71,7 @@ def ours(method: str, setting: str, options: argparse.Namespace, folder: Path) -
     return folder / "artifact", metrics["quantize_seconds"], metrics["bits_per_weight"]
 
 
-def llmcompressor(setting: str, options: argparse.Namespace, folder: Path) -> tuple[Path, float, float]:
+def llmcompressor(setting: str, seed: int, options: argparse.Namespace, folder: Path) -> tuple[Path, float, float]:
     """The artifact of llm-compressor's GPTQ (block 128, damping 0.01, static act-order), on our tokens."""
     from datasets import Dataset
     from llmcompressor import oneshot
@@ -67,7 +80,7 @@ def llmcompressor(setting: str, options: argparse.Namespace, folder: Path) -> tu
     grid = parse(setting)
     checkpoint = Checkpoint.open(options.model)
     model = load_model(checkpoint.folder, torch.float32, torch.device("cpu"))
-    tokens = calibration(options, checkpoint.tokenizer())
+    tokens = calibration(options, seed, checkpoint.tokenizer())
     data = Dataset.from_dict({"input_ids": tokens.tolist(), "attention_mask": torch.ones_like(tokens).tolist()})
     weights = {
         "num_bits": grid["bits"],
@@ -87,10 +100,10 @@ def llmcompressor(setting: str, options: argparse.Namespace, folder: Path) -> tu
     return folder.with_suffix(".pt"), seconds, float("nan")
 
 
-def calibration(options: argparse.Namespace, tokenizer) -> torch.Tensor:
+def calibration(options: argparse.Namespace, seed: int, tokenizer) -> torch.Tensor:
     """The tokens every method calibrates on."""
     source = str(options.data / "text" / f"{options.calibration}.txt")
-    return windows(source, tokenizer, options.length, options.sequences, options.seed)
+    return windows(source, tokenizer, options.length, options.sequences, seed)
 
 
 def measure(artifact: Path, options: argparse.Namespace, run: Run) -> dict[str, float]:
@@ -107,14 +120,14 @@ def measure(artifact: Path, options: argparse.Namespace, run: Run) -> dict[str, 
     return {t: perplexity(model, tokens, run, t) for t, tokens in texts.items()}
 
 
-def row_of(method: str, setting: str, options: argparse.Namespace, folder: Path, run: Run) -> dict:
+def row_of(method: str, setting: str, seed: int, options: argparse.Namespace, folder: Path, run: Run) -> dict:
     """One line of the table."""
     if method == "float":
         artifact, seconds, bits = Checkpoint.open(options.model).folder, 0.0, 32.0
     elif method == "llmcompressor":
-        artifact, seconds, bits = llmcompressor(setting, options, folder)
+        artifact, seconds, bits = llmcompressor(setting, seed, options, folder)
     else:
-        artifact, seconds, bits = ours(method, setting, options, folder)
+        artifact, seconds, bits = ours(method, setting, seed, options, folder)
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False)
     return {
@@ -123,12 +136,14 @@ def row_of(method: str, setting: str, options: argparse.Namespace, folder: Path,
         "seconds": round(seconds, 1),
         "megabytes": round(size(artifact) / 1e6, 1) if artifact.is_dir() else "",
         "bits_per_weight": bits,
-        "seed": options.seed,
+        "seed": seed,
         "sequences": options.sequences,
         "length": options.length,
         "windows": options.windows,
         "commit": commit.stdout.strip(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{platform.machine()}, {torch.get_num_threads()} threads",
         "date": time.strftime("%Y-%m-%d"),
     } | {t: round(p, 3) for t, p in measure(artifact, options, run).items()}
 
@@ -156,7 +171,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=24)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     return parser.parse_args()
 
 
@@ -165,16 +180,16 @@ if __name__ == "__main__":
     methods = [m for m in options.methods if m != "llmcompressor" or find_spec("llmcompressor")]
     if methods != options.methods:
         print("llmcompressor is not installed: its rows are left out")
-    cases = [("float", "-")] if "float" in methods else []
-    cases += [(m, s) for s in options.settings for m in methods if m != "float"]
+    cases = [("float", "-", 0)] if "float" in methods else []
+    cases += [(m, s, seed) for s in options.settings for m in methods if m != "float" for seed in options.seeds]
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         with Run("ptq", Config(model=options.model), Path(scratch) / "benchmark") as run:
-            for method, setting in cases:
-                rows.append(row_of(method, setting, options, Path(scratch) / f"{setting}-{method}", run))
+            for method, setting, seed in cases:
+                rows.append(row_of(method, setting, seed, options, Path(scratch) / f"{setting}-{method}-{seed}", run))
                 append(rows[-1])
                 print("\t".join(f"{k}={rows[-1][k]}" for k in ("setting", "method", "seconds", *options.texts)), flush=True)
-    table = ["setting", "method", *options.texts, "seconds", "bits_per_weight"]
+    table = ["setting", "method", "seed", *options.texts, "seconds", "bits_per_weight"]
     print(f"\n| {' | '.join(table)} |\n|{'---|' * len(table)}")
     for row in rows:
         print(f"| {' | '.join(str(row[column]) for column in table)} |")

@@ -129,7 +129,7 @@ def test_weights_of_a_16_bit_model_keep_their_type(tiny_llama, quantize, tmp_pat
 
 
 def test_two_shards_are_indexed(tiny_llama, quantize, tmp_path, monkeypatch):
-    monkeypatch.setattr("smidgen.quant.export.compressed_tensors.SHARD", 10_000)
+    monkeypatch.setattr("smidgen.quant.shards.SHARD", 10_000)
     quantize(tiny_llama, "--method", "rtn")
     artifact = tmp_path / "run" / "artifact"
     files = sorted(f.name for f in artifact.glob("*.safetensors"))

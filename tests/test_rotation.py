@@ -211,7 +211,7 @@ def test_the_folder_is_complete(tiny_llama, tmp_path, tokenizer):
 def test_shards_and_types(saved, tmp_path, test_tokens, monkeypatch):
     checkpoint = opened(saved(CONFIGS["llama, all biases"], dtype=torch.bfloat16))
     whole = rotate(checkpoint, tmp_path / "whole")
-    monkeypatch.setattr(rotation, "SHARD", 20_000)
+    monkeypatch.setattr("smidgen.quant.shards.SHARD", 20_000)
     monkeypatch.setattr(rotation, "ROWS", 50)
     parts = rotate(checkpoint, tmp_path / "parts")
     assert not (whole.folder / "model.safetensors.index.json").exists()

@@ -91,6 +91,8 @@ def test_statistics_that_do_not_fit_are_refused(collected, tiny_llama, tiny_opt,
         assert main(command) == 2
         return capsys.readouterr().err.splitlines()[-1]
 
+    assert "reads no statistics" in refused(tiny_llama, "--method", "rtn")
+    assert "--rotate changes it" in refused(tiny_llama, "--method", "boa", "--rotate")
     assert "collected on tiny-llama" in refused(tiny_opt, "--method", "boa")
     assert "mismatch" in refused(tiny_llama, "--method", "boa", "--boa.mismatch", "residual")
     assert "without value_rows" in refused(tiny_llama, "--method", "boa", "--boa.value-rows")
@@ -187,3 +189,11 @@ def test_seeds_give_mean_and_spread(smidgen, tiny_llama, tmp_path):
     assert mean == pytest.approx(sum(single) / 2) and together["perplexity_spread"][text] == pytest.approx(
         abs(single[0] - single[1]) / 2**0.5
     )
+
+
+def test_rotated_models_are_written_and_measured_like_others(smidgen, tiny_llama, tmp_path):
+    m = smidgen("quantize", tiny_llama, "--bits", "8", "--rotate", "--method", "gptq", "--output", str(tmp_path / "r"))
+    (before,), (after,) = m["perplexity_float"].values(), m["perplexity"].values()
+    assert after == pytest.approx(before, rel=0.01)
+    assert not json.loads((tmp_path / "r" / "artifact" / "config.json").read_text())["tie_word_embeddings"]
+    assert not list((tmp_path / "r").glob("rotated*"))

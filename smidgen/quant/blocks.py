@@ -114,6 +114,11 @@ def decoder_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     return max(lists, key=lambda pair: len(pair[1]))
 
 
+def widest(model: PreTrainedModel) -> int:
+    """The most inputs any linear layer of the blocks has."""
+    return max(weight_of(m).shape[1] for m in decoder_list(model)[1].modules() if isinstance(m, LINEAR))
+
+
 def family_of(model: PreTrainedModel) -> Family | None:
     """The model's family, None if it is not in `families.py`."""
     return FAMILIES.get(model.config.model_type)

@@ -27,15 +27,13 @@ class Calibration:
         if self.sequences < 1:
             raise UserError(f"--sequences must be at least 1, got {self.sequences}")
 
-    def tokens(self, checkpoint: Checkpoint, device: torch.device, run: Run) -> Int[Tensor, "n length"]:
-        """The sequences; a warning if they are fewer tokens than some layer has inputs."""
+    def tokens(self, checkpoint: Checkpoint, width: int, device: torch.device, run: Run) -> Int[Tensor, "n length"]:
+        """The sequences; a warning if they are fewer tokens than the `width` inputs of the widest layer."""
         if self.source != SELF:
             tokens = windows(self.source, checkpoint.tokenizer(), self.length, self.sequences, self.seed)
         else:
             run.say(f"sampling {self.sequences} sequences from the model itself")
             tokens = sampled(load_model(checkpoint.folder, torch.float32, device), self.sequences, self.length, self.seed)
-        config = checkpoint.config.get_text_config()
-        width = max(config.hidden_size, *(getattr(config, name, None) or 0 for name in ("intermediate_size", "ffn_dim", "n_inner")))
         if tokens.numel() < width:
             run.say(f"warning: {tokens.numel()} calibration tokens are fewer than the {width} inputs of a layer; damping decides the rest")
         return tokens

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from smidgen.errors import UserError
 from smidgen.grid import Grid, QWeight
 from smidgen.quant.allocate import knapsack, measured, widths
-from smidgen.quant.blocks import Block, Inputs, decoder_list, family_of, forward_precision, walk
+from smidgen.quant.blocks import Block, Inputs, decoder_list, family_of, forward_precision, walk, widest
 from smidgen.quant.calibrate import Calibration
 from smidgen.quant.checkpoint import Checkpoint
 from smidgen.quant.evaluate import generate, perplexity, pick_device
@@ -137,12 +137,12 @@ def main(config: Config, run: Run) -> dict[str, Any]:
     check(model, config, config.grid(source.dtype()), solver)
     if family_of(model) is None:
         run.say(f"note: the attention of '{model.config.model_type}' models is not known; it is treated like any other layers")
-    stored = StatsFolder.open(config.stats) if config.stats and solver.needs else None
+    stored = StatsFolder.open(config.stats) if config.stats else None
     if stored and isinstance(solver, GPTQ):
         stored.check(source, len(decoder_list(model)[1]), solver)
     texts = {text: windows(text, source.tokenizer(), config.length, config.eval_windows) for text in config.evaluate}
     data = Calibration(config.calibration, config.sequences, config.length, config.seed)
-    tokens = data.tokens(source, device, run) if solver.needs and not stored else None
+    tokens = data.tokens(source, widest(model), device, run) if solver.needs and not stored else None
 
     reset_peak(device)
     started = time.monotonic()
@@ -237,7 +237,7 @@ class Job:
             raise UserError(
                 f"--target-bpw measures losses, and {self.config.method} has no statistics to measure them with; use another --method"
             )
-        measurer = replace(self.solver, mismatch="none", zfold=False)
+        measurer = replace(self.solver.quick(), mismatch="none", zfold=False, choose=False)
         grid = self.config.grid(self.checkpoint.dtype())
         loss, sizes = measured(self.blocks("float", "measuring"), measurer, grid, widths(target), self.stored, self.device)
         total = sum(q.numel() for q in self.matrices())
@@ -264,6 +264,10 @@ def check(model: PreTrainedModel, config: Config, grid: Grid, solver: RTN | GPTQ
         raise UserError(f"--method {config.method} does not know the attention of '{model.config.model_type}' models; use --method gptq")
     if "cross" in solver.needs and config.inputs == "float":
         raise UserError("mismatch compares quantized with float inputs; use --inputs quantized, or mismatch none")
+    if config.stats and not solver.needs:
+        raise UserError(f"--method {config.method} reads no statistics; leave out --stats")
+    if config.stats and config.rotate:
+        raise UserError("--stats are of the model as it is, and --rotate changes it; use one of them")
     if config.target_bpw is not None and not 2 <= config.target_bpw <= 8:
         raise UserError(f"--target-bpw must lie between 2 and 8, got {config.target_bpw}")
     if config.export != "none":

@@ -13,6 +13,7 @@ from smidgen.errors import UserError
 from smidgen.grid import Grid, QWeight
 from smidgen.quant.blocks import Block, Matrix
 from smidgen.quant.collect import collect, stages
+from smidgen.quant.memory import release
 from smidgen.quant.solvers import GPTQ, RTN
 from smidgen.quant.solvers.rtn import check_finite
 from smidgen.quant.stats import Stats
@@ -76,6 +77,8 @@ def solve(block: Block, of: list[Matrix], stats: dict[str, Stats], solver: Any, 
             run.log(block=block.index, layer=matrix.name, role=matrix.role, bits=grid.bits, **row, seconds=seconds)
             w.copy_(values)
             yield f"{block.name}.{matrix.layer}", q
+        del weights, solved, values
+        release()
 
 
 def together(block: Block, matrices: list[Matrix], stats: dict[str, Stats], grids: Grids) -> list[list[Matrix]]:

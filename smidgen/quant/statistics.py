@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from smidgen.errors import UserError
-from smidgen.quant.blocks import Block, decoder_list, family_of, forward_precision, walk
+from smidgen.quant.blocks import Block, decoder_list, family_of, forward_precision, walk, widest
 from smidgen.quant.calibrate import Calibration
 from smidgen.quant.checkpoint import Checkpoint
 from smidgen.quant.collect import collect
@@ -75,7 +75,8 @@ def main(config: Config, run: Run) -> dict[str, Any]:
         needs |= BOA(keys=config.keys, value_rows=config.value_rows, mlp_rows=config.mlp_rows).needs
     else:
         run.say(f"note: the attention of '{model.config.model_type}' models is not known; its statistics are those of any layer")
-    tokens = Calibration(config.calibration, config.sequences, config.length, config.seed).tokens(checkpoint, device, run)
+    data = Calibration(config.calibration, config.sequences, config.length, config.seed)
+    tokens = data.tokens(checkpoint, widest(model), device, run)
     folder = StatsFolder(run.partial("stats"))
     _, blocks = decoder_list(model)
     for block in run.track(walk(checkpoint, model, tokens, device, forward_precision(device), "float"), "blocks", len(blocks)):
@@ -131,7 +132,7 @@ class StatsFolder:
         def store(name: str, s: Stats) -> dict[str, Any]:
             entry: dict[str, Any] = {"tokens": s.tokens}
             for moment in MOMENTS:
-                value = getattr(s, moment)
+                value = vars(s)[moment]
                 if value is not None:
                     key = names.setdefault(id(value), f"{name}.{moment}")
                     tensors[key] = value.cpu().contiguous()

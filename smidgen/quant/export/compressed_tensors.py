@@ -10,7 +10,7 @@ Per quantized layer, shape (out, in), `b` bits:
 The library's integers are signed, ours start at 0: its value is code - 2^(b-1), its zero point zero - 2^(b-1), and
 since it adds 2^(b-1) again before packing, what is packed are our codes and our zeros.
 
-Shards are written while blocks are being solved, so that no more than `SHARD` bytes wait in memory.
+Shards are written while blocks are being solved.
 """
 
 import json
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -27,8 +27,8 @@ from smidgen.errors import UserError
 from smidgen.grid import Grid, QWeight, expand
 from smidgen.quant.checkpoint import Checkpoint
 from smidgen.quant.pack import pack, unpack
+from smidgen.quant.shards import Shards
 
-SHARD = 256 * 2**20  # bytes
 PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")  # of a quantized layer
 
 
@@ -40,10 +40,11 @@ class CompressedTensors:
     checkpoint: Checkpoint
     model: PreTrainedModel
     "The skeleton: says which parameters exist."
-    waiting: dict[str, Tensor] = field(default_factory=dict)
-    shards: list[list[str]] = field(default_factory=list)
     done: set[str] = field(default_factory=set)
     layers: dict[str, Grid] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.shards = Shards(self.folder)
 
     @staticmethod
     def check(model: PreTrainedModel, layers: list[str], grid: Grid) -> None:
@@ -56,26 +57,19 @@ class CompressedTensors:
 
     def add(self, weights: dict[str, QWeight], module: nn.Module, path: str) -> None:
         """Takes a block: its quantized layers by full name, and through `module` at `path` its other parameters."""
+        tensors: dict[str, Tensor] = {}
         for name, q in weights.items():
             self.layers[name] = q.grid
             self.done.add(f"{name}.weight")
-            self.waiting |= {f"{name}.{key}": value for key, value in packed(q).items()}
-        self._copy(
-            [f"{path}.{n}" for n, _ in module.named_parameters()], {f"{path}.{n}": p for n, p in module.named_parameters() if not p.is_meta}
-        )
-        if sum(t.nbytes for t in self.waiting.values()) > SHARD:
-            self._flush()
+            tensors |= {f"{name}.{key}": value for key, value in packed(q).items()}
+        parameters = {f"{path}.{n}": p for n, p in module.named_parameters()}
+        self.shards.add(tensors | self._others(list(parameters), {n: p for n, p in parameters.items() if not p.is_meta}))
 
     def finish(self) -> None:
         """Writes what belongs to no block, the configuration and the tokenizer."""
         tied = self.model.all_tied_weights_keys
-        self._copy([n for n, _ in self.model.named_parameters(remove_duplicate=False) if n not in tied], {})
-        self._flush()
-        names = self._name_shards()
-        total = sum(f.stat().st_size for f in self.folder.glob("*.safetensors"))
-        if len(set(names.values())) > 1:
-            index = {"metadata": {"total_size": total}, "weight_map": names}
-            (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+        self.shards.add(self._others([n for n, _ in self.model.named_parameters(remove_duplicate=False) if n not in tied], {}))
+        self.shards.finish()
         config = self.checkpoint.config.to_diff_dict()
         config.pop("_name_or_path", None)
         config["architectures"] = [type(self.model).__name__]
@@ -86,29 +80,12 @@ class CompressedTensors:
             self.model.generation_config.save_pretrained(self.folder)
         self.checkpoint.tokenizer().save_pretrained(self.folder)
 
-    def _copy(self, names: list[str], changed: dict[str, Tensor]) -> None:
+    def _others(self, names: list[str], changed: dict[str, Tensor]) -> dict[str, Tensor]:
         """Unquantized parameters, with the values in `changed`: 16-bit types as they are, float32 matrices as float16."""
         names = [n for n in names if n not in self.done]
         self.done |= set(names)
-        for name, value in self.checkpoint.read(names).items():
-            self.waiting[name] = half(changed[name].to("cpu", value.dtype) if name in changed else value, name)
-
-    def _flush(self) -> None:
-        if self.waiting:
-            file = self.folder / f"shard-{len(self.shards)}.safetensors"
-            save_file(self.waiting, file, metadata={"format": "pt"})
-            file.chmod(0o644)  # safetensors writes through a private temporary file
-            self.shards.append(list(self.waiting))
-            self.waiting = {}
-
-    def _name_shards(self) -> dict[str, str]:
-        """Gives the shards their usual names; returns tensor -> file."""
-        names = {}
-        for i, tensors in enumerate(self.shards):
-            file = f"model-{i + 1:05}-of-{len(self.shards):05}.safetensors" if len(self.shards) > 1 else "model.safetensors"
-            (self.folder / f"shard-{i}.safetensors").rename(self.folder / file)
-            names |= dict.fromkeys(tensors, file)
-        return names
+        read = self.checkpoint.read(names)
+        return {n: half(changed[n].to("cpu", value.dtype) if n in changed else value, n) for n, value in read.items()}
 
     def _quantization_config(self) -> dict[str, Any]:
         from compressed_tensors.quantization import QuantizationConfig

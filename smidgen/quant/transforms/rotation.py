@@ -19,24 +19,23 @@ learned rotations are left out, so the inputs of down_proj keep their outliers. 
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import save_file
 from torch import Tensor
 
 from smidgen.errors import UserError
 from smidgen.quant.blocks import decoder_list
 from smidgen.quant.checkpoint import Checkpoint
 from smidgen.quant.families import FAMILIES, Family
+from smidgen.quant.shards import Shards
 
 RMSNORM = ("llama", "mistral", "qwen2", "qwen3", "smollm3")  # families with plain RMSNorm: x / rms(x) * gain
 FINAL_NORM = "norm"  # in all of them, inside the base model
-SHARD = 256 * 2**20  # bytes
 ROWS = 8192  # of an embedding turned at a time, in float64
 
 Weights = dict[str, Tensor]
@@ -49,7 +48,10 @@ def rotate(checkpoint: Checkpoint, folder: Path, seed: int = 0) -> Checkpoint:
     model: Any = checkpoint.skeleton(torch.device("cpu"))
     pieces = rotated(checkpoint, model, *rotations(model, seed))
     folder.mkdir(parents=True, exist_ok=True)
-    write_shards(folder, pieces)
+    shards = Shards(folder)
+    for name, tensor in pieces:
+        shards.add({name: tensor})
+    shards.finish()
     config = checkpoint.config.to_diff_dict()
     config.pop("_name_or_path", None)
     config["architectures"] = [type(model).__name__]
@@ -222,33 +224,3 @@ def _stored(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     if not bool(value.isfinite().all()):
         raise UserError(f"{name}, rotated, holds NaN or values beyond {str(dtype).removeprefix('torch.')}")
     return value
-
-
-def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """safetensors files of at most `SHARD` bytes, or one larger tensor, and their index if there are several."""
-    shards: list[list[str]] = []
-    waiting: Weights = {}
-    total = 0
-
-    def flush() -> None:
-        file = folder / f"shard-{len(shards)}.safetensors"
-        save_file(waiting, file, metadata={"format": "pt"})
-        file.chmod(0o644)  # safetensors writes through a private temporary file
-        shards.append(list(waiting))
-        waiting.clear()
-
-    for name, tensor in tensors:
-        if waiting and sum(t.nbytes for t in waiting.values()) + tensor.nbytes > SHARD:
-            flush()
-        waiting[name] = tensor
-        total += tensor.nbytes
-    flush()
-
-    weight_map: dict[str, str] = {}
-    for i, names in enumerate(shards):
-        file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
-        (folder / f"shard-{i}.safetensors").rename(folder / file)
-        weight_map |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
