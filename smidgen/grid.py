@@ -86,12 +86,16 @@ class Grid:
         Ratios are tried from 1.00 downwards in steps of 0.05, then around the best in steps of 0.01;
         `exhaustive` tries all of 1.00, 0.99, ..., 0.01, as the authors of aespa and BoA do.
         """
-        width = w.shape[-1] // self.groups(w.shape[-1])
-        fits = []
-        for start in range(0, w.shape[-1], width):
-            part = slice(start, start + width)
-            fits.append(self.fit_group(w[..., part], metric_of(metric, part, w.ndim), exhaustive))
-        return torch.cat([s for s, _ in fits], -1), torch.cat([z for _, z in fits], -1)
+        groups = self.groups(w.shape[-1])
+        width = w.shape[-1] // groups
+        parts = [slice(g * width, (g + 1) * width) for g in range(groups)]
+        if metric is None or not w.is_cuda:  # one group at a time stays in a processor's cache
+            fits = [self.fit_group(w[..., p], metric_of(metric, p, w.ndim), exhaustive) for p in parts]
+            return torch.cat([s for s, _ in fits], -1), torch.cat([z for _, z in fits], -1)
+        metrics = torch.stack([metric[..., p, p] if metric.ndim == w.ndim else metric[..., p] for p in parts])
+        fits = self.fit_group(torch.stack([w[..., p] for p in parts]), metrics, exhaustive)
+        scale, zero = (t[..., 0].movedim(0, -1) for t in fits)
+        return scale, zero
 
     def fit_group(self, w: Tensor, metric: Tensor | None, exhaustive: bool = False) -> tuple[Tensor, Tensor]:
         """`fit` for weights that all share one scale per row."""
@@ -105,10 +109,12 @@ class Grid:
         best = Fit(torch.full_like(full, torch.inf), full, zeros[0], torch.ones_like(full))
         one = torch.ones_like(full)
         if exhaustive:
-            return self._best(best, w, metric, full, zeros, [one * (1 - i / 100) for i in range(100)]).grid()
-        best = self._best(best, w, metric, full, zeros, [one * (1 - i / 20) for i in range(20)])
-        near = [(best.ratio + i / 100).clamp(0.01, 1) for i in (4, 3, 2, 1, -1, -2, -3, -4)]
-        return self._best(best, w, metric, full, zeros, near).grid()
+            best = self._best(best, w, metric, full, zeros, [one * (1 - i / 100) for i in range(100)])
+        else:
+            best = self._best(best, w, metric, full, zeros, [one * (1 - i / 20) for i in range(20)])
+            near = [(best.ratio + i / 100).clamp(0.01, 1) for i in (4, 3, 2, 1, -1, -2, -3, -4)]
+            best = self._best(best, w, metric, full, zeros, near)
+        return self._checked(best.scale), best.zero
 
     def _best(self, best: "Fit", w: Tensor, metric: Tensor, full: Tensor, zeros: list[Tensor], ratios: list[Tensor]) -> "Fit":
         """`best`, or the candidate that beats it."""
@@ -129,16 +135,18 @@ class Grid:
         return torch.where(empty, -1.0, low), torch.where(empty, 1.0, high)
 
     def _stored(self, scale: Tensor) -> Tensor:
-        """`scale` as the artifact can hold it."""
-        dtype = getattr(torch, self.scale_dtype)
-        stored = scale.to(dtype).to(scale.dtype)
-        if not bool((stored > 0).all()) or not bool(stored.isfinite().all()):
+        """`scale` rounded to what the artifact can hold; zero or infinite beyond its range."""
+        return scale.to(getattr(torch, self.scale_dtype)).to(scale.dtype)
+
+    def _checked(self, scale: Tensor) -> Tensor:
+        """`scale`, if the artifact can hold it; asked once per fit, since a device has to finish its work to answer."""
+        if not bool(((scale > 0) & (scale == self._stored(scale)) & scale.isfinite()).all()):
             raise UserError(f"a scale of {scale.min():.1e} to {scale.max():.1e} does not fit {self.scale_dtype}; use --scale-dtype float32")
-        return stored
+        return scale
 
     def _minmax(self, w: Tensor) -> tuple[Tensor, Tensor]:
         low, high = self._range(w)
-        scale = self._stored((high - low) / self.top)
+        scale = self._checked(self._stored((high - low) / self.top))
         zero = torch.full_like(scale, 2 ** (self.bits - 1)) if self.symmetric else torch.round(-low / scale).clamp(0, self.top)
         return scale, zero
 
@@ -158,16 +166,10 @@ class Fit:
         mine, others = (self.score, self.scale, self.zero, self.ratio), (other.score, other.scale, other.zero, other.ratio)
         return Fit(*(torch.where(better, b, a) for a, b in zip(mine, others, strict=True)))
 
-    def grid(self) -> tuple[Tensor, Tensor]:
-        """Scale and zero."""
-        return self.scale, self.zero
-
 
 def metric_of(metric: Tensor | None, part: slice, ndim: int) -> Tensor | None:
     """The metric of some columns of weights with `ndim` dimensions: it has as many if it is a matrix, else one fewer."""
-    if metric is None:
-        return None
-    return metric[..., part, part] if metric.ndim == ndim else metric[..., part]
+    return None if metric is None else (metric[..., part, part] if metric.ndim == ndim else metric[..., part])
 
 
 def weighted_square(e: Float[Tensor, "*heads rows columns"], metric: Tensor) -> Float[Tensor, "*heads rows 1"]:

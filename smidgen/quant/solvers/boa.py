@@ -36,6 +36,7 @@ from smidgen.grid import Grid, QWeight, expand
 from smidgen.quant.solvers.descent import refine
 from smidgen.quant.solvers.gptq import GPTQ, as_qweight, scale_metric
 from smidgen.quant.solvers.hessian import activation_order, damped, identity_order, inverse_factor, permuted, prepare
+from smidgen.quant.solvers.replay import replayed
 from smidgen.quant.solvers.rtn import check_finite
 from smidgen.quant.stats import Stats
 
@@ -94,6 +95,7 @@ class BOA(GPTQ):
         return as_qweight(codes, scale, zero, grid)
 
 
+@replayed
 def solve_wavefront(
     w: Float[Tensor, "heads rows in"],
     u: Float[Tensor, "one_or_heads in in"],
@@ -114,7 +116,7 @@ def solve_wavefront(
     scale = torch.nn.functional.pad(scale.flip(1), pad, value=1.0)
     u = torch.nn.functional.pad(u, pad + pad)
     diagonal = u.diagonal(dim1=-2, dim2=-1)[:, None, :].expand(heads, rows, -1).contiguous()
-    diagonal[diagonal == 0] = 1
+    diagonal.masked_fill_(diagonal == 0, 1)
     u_t = u.mT.contiguous()
     mix = r / r.diagonal(dim1=-2, dim2=-1)[..., None]
     mix = mix.triu(1).flip(-1, -2).contiguous()

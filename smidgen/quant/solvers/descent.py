@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from smidgen.grid import Grid, expand
+from smidgen.quant.solvers.replay import replayed
 
 BLOCK = 128  # columns whose effect on the rest of the gradient is applied at once
 
@@ -58,21 +59,27 @@ def descend(w: Heads, h: Float[Tensor, "one_or_heads in in"], codes: Heads, scal
     """One pass of coordinate descent over the columns."""
     values = grid.decode(codes, scale, zero)
     gradient = (values - w) @ h
-    curvature = h.diagonal(dim1=-2, dim2=-1)
     done = []
     for start in range(0, w.shape[-1], BLOCK):
         block = slice(start, start + BLOCK)
         # columns first and contiguous, as in `gptq.solve_block`
         g, v, s, z = (t[..., block].permute(2, 0, 1).contiguous() for t in (gradient, values, scale, zero))
-        new, change = torch.empty_like(v), torch.empty_like(v)
-        local = h[:, block, block]
-        for j in range(len(v)):
-            new[j] = grid.encode(v[j] - g[j] / curvature[:, start + j, None], s[j], z[j])
-            change[j] = grid.decode(new[j], s[j], z[j]) - v[j]
-            g[j + 1 :].addcmul_(local[:, j, j + 1 :].T[..., None], change[j])
+        new, change = column_by_column(g, v, h[:, block, block], grid, s, z)
         gradient[..., start + BLOCK :] += change.permute(1, 2, 0) @ h[:, block, start + BLOCK :]
         done.append(new.permute(1, 2, 0))
     return torch.cat(done, -1)
+
+
+@replayed
+def column_by_column(gradient: Tensor, values: Tensor, h: Tensor, grid: Grid, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+    """New codes, and how much the values change, of one block of columns, which come first; keeps `gradient` up to date."""
+    codes, change = torch.empty_like(values), torch.empty_like(values)
+    curvature = h.diagonal(dim1=-2, dim2=-1)
+    for j in range(len(values)):
+        codes[j] = grid.encode(values[j] - gradient[j] / curvature[:, j, None], scale[j], zero[j])
+        change[j] = grid.decode(codes[j], scale[j], zero[j]) - values[j]
+        gradient[j + 1 :].addcmul_(h[:, j, j + 1 :].T[..., None], change[j])
+    return codes, change
 
 
 def refit(

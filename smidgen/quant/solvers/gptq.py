@@ -25,6 +25,7 @@ from smidgen.grid import Grid, QWeight, expand, metric_of
 from smidgen.quant.solvers.descent import refine
 from smidgen.quant.solvers.hessian import activation_order, identity_order, inverse_factor, permuted, prepare
 from smidgen.quant.solvers.mismatch import aim
+from smidgen.quant.solvers.replay import replayed
 from smidgen.quant.stats import Stats
 
 DAMPS = 0.003, 0.01, 0.03, 0.1  # tried by `choose`
@@ -145,13 +146,20 @@ def solve_block(w: Tensor, u: Tensor, grid: Grid, scale: Tensor, zero: Tensor) -
     """Codes and scaled errors E of one block of columns."""
     # columns first and contiguous: a step then touches whole lines of memory
     w, scale, zero = (t.permute(2, 0, 1).contiguous() for t in (w, scale, zero))
+    codes, errors = column_by_column(w, u, grid, scale, zero)
+    return codes.permute(1, 2, 0), errors.permute(1, 2, 0)
+
+
+@replayed
+def column_by_column(w: Tensor, u: Tensor, grid: Grid, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+    """`solve_block` of columns that come first; overwrites `w`."""
     codes, errors = torch.empty_like(w), torch.empty_like(w)
     diagonal = u.diagonal(dim1=-2, dim2=-1)
     for j in range(w.shape[0]):
         codes[j] = grid.encode(w[j], scale[j], zero[j])
         errors[j] = (w[j] - grid.decode(codes[j], scale[j], zero[j])) / diagonal[:, j, None]
         w[j + 1 :].addcmul_(u[:, j, j + 1 :].T[..., None], errors[j], value=-1)
-    return codes.permute(1, 2, 0), errors.permute(1, 2, 0)
+    return codes, errors
 
 
 def solve_groups(w: Heads, u: Tensor, metric: Tensor | None, grid: Grid) -> tuple[Heads, Heads, Tensor, Tensor]:

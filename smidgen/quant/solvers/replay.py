@@ -1,0 +1,70 @@
+"""Loops of thousands of small kernels, which a GPU waits for between launches, as CUDA graphs.
+
+A column loop has as many steps as a block has columns, each a few kernels of a few microseconds; starting one from Python takes
+longer than that. Every block of a model has the same shapes, so the loop is captured once per shape and replayed for the others.
+"""
+
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+CAPTURED = 32  # graphs kept per function; a model needs a few
+
+
+def replayed(function: F) -> F:
+    """`function` of tensors and hashable constants, returning one tensor or two; on a CUDA device from a graph of its own.
+
+    It may change its arguments; a caller that sees the change on processors does not see it there.
+    """
+    graphs: dict[tuple, Graph] = {}
+
+    @wraps(function)
+    def call(*args: Any) -> Any:
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        if not all(t.is_cuda for t in tensors):
+            return function(*args)
+        key = tuple((a.shape, a.dtype, a.device) if isinstance(a, Tensor) else a for a in args)
+        if key not in graphs:
+            if len(graphs) == CAPTURED:
+                graphs.pop(next(iter(graphs)))
+            graphs[key] = Graph(function, args)
+        return graphs[key](tensors)
+
+    return cast(F, call)
+
+
+class Graph:
+    """A function's kernels for arguments of some shapes, recorded."""
+
+    def __init__(self, function: Callable[..., Tensor | tuple[Tensor, Tensor]], args: tuple) -> None:
+        def run() -> Tensor | tuple[Tensor, Tensor]:
+            inputs = iter([t.clone() for t in self.inputs])
+            return function(*(next(inputs) if isinstance(a, Tensor) else a for a in args))
+
+        self.inputs = [a.contiguous().clone() for a in args if isinstance(a, Tensor)]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # libraries set themselves up at their first call, which cannot be recorded
+            run()
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=pool()):
+            self.outputs = run()
+
+    def __call__(self, tensors: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
+        """What the function returns for other tensors."""
+        for mine, given in zip(self.inputs, tensors, strict=True):
+            mine.copy_(given)
+        self.graph.replay()
+        return self.outputs.clone() if isinstance(self.outputs, Tensor) else tuple(t.clone() for t in self.outputs)
+
+
+@cache
+def pool() -> Any:
+    """Memory that all graphs compute in: no two run at once."""
+    return torch.cuda.graph_pool_handle()
