@@ -159,7 +159,7 @@ def is_mixed(folder: Path) -> bool:
 
 
 def load_mixed(folder: Path, dtype: torch.dtype) -> Any:
-    """An artifact whose layers have unequal bits, as ordinary layers."""
+    """An artifact, whose layers may have unequal bits, as ordinary layers."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(folder)
@@ -169,7 +169,8 @@ def load_mixed(folder: Path, dtype: torch.dtype) -> Any:
     tensors: dict[str, Tensor] = {}
     for file in folder.glob("*.safetensors"):
         tensors |= load_file(file)
-    for layer, scheme in schemes.items():
+    for layer in [name.removesuffix(".weight_packed") for name in tensors if name.endswith(".weight_packed")]:
+        scheme = schemes.get(layer) or schemes["Linear"]
         tensors[f"{layer}.weight"] = unpacked(
             {k: tensors.pop(f"{layer}.{k}") for k in PARTS if f"{layer}.{k}" in tensors}, scheme["num_bits"]
         )
