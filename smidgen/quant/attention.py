@@ -22,7 +22,7 @@ from smidgen.quant.linear import weight_of
 from smidgen.quant.stats import Moments, Stats, exact_products
 
 if TYPE_CHECKING:
-    from smidgen.quant.blocks import Block
+    from smidgen.quant.blocks import Block, Matrix
     from smidgen.quant.families import Family
 
 NAME = "smidgen"  # of our attention function
@@ -124,28 +124,53 @@ class HeadMoments:
 
 
 class Replay:
-    """Attention that, once started, is computed once per batch: what follows it can then be run again, changed, without it."""
+    """Attention that, once its projections are solved, is computed once per batch: what follows can be run again, changed, without it.
+
+    What it keeps of a batch is what the output projection reads, and once that is solved as well, what it returns.
+    """
 
     def __init__(self, block: nn.Module, family: "Family | None") -> None:
-        self.attention = None if family is None else block.get_submodule(family.attention.module)
         self.batch = 0
+        self.mixed: dict[int, Tensor] = {}
         self.outputs: dict[int, Tensor] = {}
+        self.projected = False
+        self.attention = None
+        if family is not None:
+            self.attention = block.get_submodule(family.attention.module)
+            self.projection = self.attention.get_submodule(family.attention.output)
+            self.name = f"{family.attention.module}.{family.attention.output}"
+            self.original = self.attention.forward
 
-    def start(self) -> None:
-        """From now on the queries, keys and values of a batch are final."""
-        if self.attention is not None:
+    def solved(self, matrices: "list[Matrix]") -> None:
+        """From now on these are final."""
+        if self.attention is None:
+            return
+        if any(m.role for m in matrices):
             _observers[self.attention] = self
+            self.attention.forward = self.forward
+        self.projected |= any(m.layer == self.name for m in matrices)
 
     def close(self) -> None:
         """Detaches from the attention module."""
         if self.attention is not None and _observers.get(self.attention) is self:
-            del _observers[self.attention]
+            del _observers[self.attention], self.attention.forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        """What the attention module returns for the current `batch`, in every family: its output, and no weights."""
+        if self.batch in self.outputs:
+            return self.outputs[self.batch], None
+        if self.batch not in self.mixed:
+            return self.original(*args, **kwargs)
+        out = self.projection(self.mixed[self.batch].transpose(1, 2).flatten(2))
+        if self.projected:
+            self.outputs[self.batch] = out
+            del self.mixed[self.batch]
+        return out, None
 
     def observe(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
         """The attention output of the current `batch`."""
-        if self.batch not in self.outputs:
-            self.outputs[self.batch] = attend(q, k, v, mask, scaling, autocast_type(q).dtype)
-        return self.outputs[self.batch]
+        self.mixed[self.batch] = attend(q, k, v, mask, scaling, autocast_type(q).dtype)
+        return self.mixed[self.batch]
 
 
 def rows_of(x: Float[Tensor, "batch kv_heads *n width"]) -> Float[Tensor, "kv_heads rows width"]:

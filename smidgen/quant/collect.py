@@ -60,7 +60,7 @@ def stages(block: Block, needs: frozenset[str]) -> Iterator[tuple[list[Matrix], 
                     with suppress(Enough):
                         block.run(block.hidden[batch])
             yield matrices, observers.stats()
-            replay.start()
+            replay.solved(matrices)
         inputs.close()
         for batch in range(len(block.hidden)):
             replay.batch = batch
