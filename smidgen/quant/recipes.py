@@ -7,4 +7,4 @@ def recipe(known: bool, streams: bool) -> GPTQ:
     """`known` is whether the model's attention is, `streams` whether the unquantized model's inputs can be followed too."""
     if not known:
         return GPTQ(passes=2)
-    return BOA(mismatch="residual" if streams else "none", passes=2)
+    return BOA(damp=0.1, mismatch="residual", passes=2) if streams else BOA(passes=2)

@@ -67,7 +67,7 @@ class Stats:
 
 
 class Moments:
-    """Sums of x^T x by name, over batches of rows x; with a reference, also of x_float^T x or of y^T x.
+    """Sums of x^T x by name, over batches of rows x; with a reference, also of (x_float - x)^T x or of y^T x.
 
     While `reference` is true, rows are only remembered, and the next rows of the same name are paired with them. While
     `held` is true, rows count as held out.
@@ -91,7 +91,7 @@ class Moments:
         sums.tokens += tokens
         sums.add("gram", rows)
         if self.waiting[name]:
-            sums.add("cross", rows, self.waiting[name].popleft())
+            sums.add("cross", rows, self.waiting[name].popleft() - rows)
         if lacking is not None:
             sums.add("lacking", rows, lacking.to(rows.dtype)[None])
 
@@ -107,7 +107,7 @@ class Moments:
 
 @dataclass
 class _Sums:
-    """x^T x (lower triangles), x_float^T x, y^T x, and the number of tokens."""
+    """x^T x (lower triangles), (x_float - x)^T x, y^T x, and the number of tokens."""
 
     products: dict[str, Tensor] = field(default_factory=dict)
     tokens: int = 0
@@ -128,15 +128,20 @@ class _Sums:
     def stats(self) -> Stats:
         h = symmetrize(self.products["gram"]) / self.tokens
         cross, lacking = (self.products[k] / self.tokens if k in self.products else None for k in ("cross", "lacking"))
-        return Stats(h, None, self.tokens, None if cross is None else cross - h, None if lacking is None else lacking[0])
+        return Stats(h, None, self.tokens, cross, None if lacking is None else lacking[0])
 
 
 def add_product(total: Float[Tensor, "k d"], a: Float[Tensor, "n k"], b: Float[Tensor, "n d"]) -> None:
-    """total += a^T b, in the precision of `add_gram`."""
-    exact = a.dtype == torch.bfloat16 and not a.is_cuda
-    a, b = (t.float() if t.dtype != torch.float64 else t for t in (a, b))
-    with torch.autocast(a.device.type, enabled=False), exact_products(exact):
-        total.addmm_(a.T, b)
+    """total += a^T b, for differences `a`: of bfloat16 rows on a CPU each product is rounded to bfloat16, at twice the speed.
+
+    That is 0.4% of a small correction; sums are kept in float32.
+    """
+    with torch.autocast(a.device.type, enabled=False):
+        if a.dtype == torch.bfloat16 and not a.is_cuda:
+            total += a.T @ b
+        else:
+            a, b = (t.float() if t.dtype != torch.float64 else t for t in (a, b))
+            total.addmm_(a.T, b)
 
 
 def add_gram(total: Float[Tensor, "d d"], x: Float[Tensor, "n d"]) -> None:
