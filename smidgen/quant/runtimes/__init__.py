@@ -1,0 +1,46 @@
+"""Artifacts in the program that will run them on a device: what `smidgen run` and `smidgen bench` drive, and proofs measure.
+
+A runtime needs no torch. `logits` reads a whole text at once; `start` and `step` are generation, with the runtime's own cache.
+"""
+
+from pathlib import Path
+from typing import Protocol, Self
+
+import numpy as np
+from jaxtyping import Float32, Int
+
+
+class Runtime(Protocol):
+    """One loaded model."""
+
+    name: str
+    "The program and its version, as reports print it."
+
+    @classmethod
+    def open(cls, artifact: Path, length: int = 1024, threads: int | None = None) -> Self:
+        """Loads a file or folder for up to `length` tokens; a UserError if it is none of this runtime's, or damaged."""
+        ...
+
+    def logits(self, tokens: Int[np.ndarray, "length"]) -> Float32[np.ndarray, "length vocab"]:
+        """Of every position of one text, from an empty cache."""
+        ...
+
+    def start(self, tokens: Int[np.ndarray, "length"]) -> Float32[np.ndarray, "vocab"]:
+        """Empties the cache, reads a prompt, and returns the logits after its last token."""
+        ...
+
+    def step(self, token: int) -> Float32[np.ndarray, "vocab"]:
+        """Reads one more token."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text, by the tokenizer that travels with the artifact; no special tokens."""
+        ...
+
+    def decode(self, tokens: list[int]) -> str:
+        """The opposite."""
+        ...
+
+    def close(self) -> None:
+        """Frees what the runtime holds."""
+        ...
