@@ -26,6 +26,9 @@ app = App(
 app.command("smidgen.quant.quantize:command", name="quantize", help="Quantize a language model and measure the written artifact.")
 app.command("smidgen.quant.statistics:command", name="collect", help="Collect a model's statistics once, to quantize to any bits later.")
 app.command("smidgen.quant.evaluate:command", name="evaluate", help="Measure the perplexity of a model or artifact on texts.")
+app.command("smidgen.quant.convert:command", name="convert", help="Write an artifact's integers in another runtime's format.")
+app.command("smidgen.quant.generate:run_command", name="run", help="Continue a prompt in the runtime an artifact is for.")
+app.command("smidgen.quant.generate:bench_command", name="bench", help="Measure an artifact in its runtime: speed, memory, perplexity.")
 app.command("smidgen.report:command", name="report", help="Write a page that shows one run, or compares several.")
 
 

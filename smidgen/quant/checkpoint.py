@@ -32,7 +32,7 @@ class Checkpoint:
     def __init__(self, folder: Path, name: str) -> None:
         self.folder = folder
         self.name = name
-        self.files = _index(folder)
+        self.files = index(folder)
         self.keys = {key: key for key in self.files}  # the model's name -> the checkpoint's; `skeleton` may rename
         self.config = _config(folder)
 
@@ -131,11 +131,11 @@ def unload(module: nn.Module) -> None:
                 part._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
 
 
-def _index(folder: Path) -> dict[str, Path]:
+def index(folder: Path) -> dict[str, Path]:
     """Tensor name -> file."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+    listed = folder / "model.safetensors.index.json"
+    if listed.is_file():
+        files = {name: folder / file for name, file in json.loads(listed.read_text())["weight_map"].items()}
         missing = sorted({f.name for f in files.values() if not f.is_file()})
         if missing:
             raise UserError(f"{folder}: {missing[0]} is named in the index but missing")

@@ -1,34 +1,23 @@
-"""Peak memory of a stretch of work, and keeping it level."""
+"""Peak memory of a stretch of work on a device, and keeping it level."""
 
 import ctypes
-import resource
-import sys
-from pathlib import Path
 
 import torch
 
+from smidgen import process
+
 
 def reset_peak(device: torch.device) -> None:
-    """Forgets earlier peaks; on systems without /proc the peak of the whole process so far remains."""
+    """Forgets earlier peaks, as far as `process.reset_peak` can."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    elif sys.platform == "linux":
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            return  # a container may forbid it
+    else:
+        process.reset_peak()
 
 
 def peak_bytes(device: torch.device) -> int:
     """Most memory held at once: of the device where there is one, else resident memory of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.is_file():  # getrusage would also count what this process was before exec
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else process.peak_bytes()
 
 
 def release() -> None:

@@ -20,7 +20,7 @@ from smidgen.quant.blocks import Block, Inputs, decoder_list, family_of, forward
 from smidgen.quant.calibrate import Calibration
 from smidgen.quant.checkpoint import Checkpoint
 from smidgen.quant.evaluate import generate, perplexity, pick_device
-from smidgen.quant.export import EXPORTERS
+from smidgen.quant.export import EXPORTERS, formats
 from smidgen.quant.linear import LINEAR, weight_of
 from smidgen.quant.load import load_artifact
 from smidgen.quant.memory import peak_bytes, reset_peak
@@ -32,6 +32,9 @@ from smidgen.quant.transforms.rotation import rotate
 from smidgen.report import write_report
 from smidgen.run import Run
 from smidgen.texts import windows
+
+WEIGHTS = "*.safetensors", "*.gguf", "*.onnx", "*.onnx.data", "*.pte"
+FOLDERS = {"compressed-tensors": "artifact"}  # of a run, where a format's own name is not the folder's
 
 
 @Parameter(name="*")
@@ -68,8 +71,8 @@ class Config:
     "Texts for perplexity before and after."
     eval_windows: int | None = 24
     "Windows of each text, from its start; none: all."
-    export: Literal["compressed-tensors", "none"] = "compressed-tensors"
-    "Format of the artifact; none: measure only."
+    export: str = "compressed-tensors"
+    "Formats to write, separated by commas: see docs/runtimes.md; none: measure only."
     output: Path | None = None
     "Folder of the run; by default a new one under runs/quantize."
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -92,6 +95,10 @@ class Config:
         if self.method == "auto":
             return recipe(known, streams=self.stats is None and self.inputs == "quantized")
         return {"rtn": RTN(), "gptq": self.gptq, "boa": self.boa, "aespa": self.aespa}[self.method]
+
+    def formats(self) -> list[str]:
+        """What to write."""
+        return [] if self.export == "none" else formats(self.export)
 
     def grid(self, dtype: torch.dtype) -> Grid:
         """The weights' grid, for a model stored as `dtype`."""
@@ -148,7 +155,8 @@ def main(config: Config, run: Run) -> dict[str, Any]:
     started = time.monotonic()
     checkpoint = rotate(source, run.partial("rotated"), config.seed) if config.rotate else source
     job = Job(config, run, checkpoint, device, solver, tokens, stored)
-    folder, weights, rest, numbers = job.quantized()
+    folders, weights, rest, numbers = job.quantized()
+    folder = folders.get("compressed-tensors")
     seconds, peak = time.monotonic() - started, peak_bytes(device)
 
     run.say(f"quantized in {seconds:.0f} s; measuring")
@@ -170,6 +178,7 @@ def main(config: Config, run: Run) -> dict[str, Any]:
         perplexity=perplexity_quantized,
         perplexity_float=perplexity_float,
         size_bytes=size(folder) if folder else None,
+        written={name: {"folder": f.name, "size_bytes": size(f)} for name, f in folders.items()},
         size_bytes_float=size(source.folder),
         bits_per_weight=numbers.bits_per_weight(),
         quantize_seconds=seconds,
@@ -204,14 +213,14 @@ class Job:
         walked = walk(self.checkpoint, model, self.tokens, self.device, forward_precision(self.device), inputs)
         yield from self.run.track(walked, label, len(decoder_list(model)[1]))
 
-    def quantized(self) -> "tuple[Path | None, dict[str, QWeight], dict[str, Tensor], Numbers]":
-        """The artifact's folder; without one the quantized weights and the other parameters of the blocks."""
+    def quantized(self) -> "tuple[dict[str, Path], dict[str, QWeight], dict[str, Tensor], Numbers]":
+        """The folder of each format; where none of them can be reloaded to be measured, the quantized weights and other parameters."""
         config, dtype = self.config, self.checkpoint.dtype()
         grids = Grids(config.grid(dtype), {} if config.target_bpw is None else self.allocated(config.target_bpw))
-        exporter = None
-        if config.export != "none":
+        exporters = {}
+        if config.formats():
             model = self.checkpoint.skeleton(self.device)
-            exporter = EXPORTERS[config.export](self.run.partial("artifact"), self.checkpoint, model)
+            exporters = {n: EXPORTERS[n](self.run.partial(FOLDERS.get(n, n)), self.checkpoint, model) for n in config.formats()}
         weights: dict[str, QWeight] = {}
         rest: dict[str, Tensor] = {}
         numbers = Numbers()
@@ -221,15 +230,14 @@ class Job:
             solved = quantize(block, self.solver, grids, dtype, self.run, stats)
             for q in solved.values():
                 numbers.add(q)
-            if exporter:
+            for exporter in exporters.values():
                 exporter.add(solved, block.module, block.name)
-            else:
+            if "compressed-tensors" not in exporters:
                 weights |= solved
                 rest |= {f"{block.name}.{n}": p.clone() for n, p in block.module.named_parameters() if p.ndim == 1}
-        if exporter is None:
-            return None, weights, rest, numbers
-        exporter.finish()
-        return self.run.keep(exporter.folder), weights, rest, numbers
+        for exporter in exporters.values():
+            exporter.finish()
+        return {name: self.run.keep(e.folder) for name, e in exporters.items()}, weights, rest, numbers
 
     def allocated(self, target: float) -> dict[str, int]:
         """Bits of every layer, for `target` bits per weight on average."""
@@ -270,8 +278,8 @@ def check(model: PreTrainedModel, config: Config, grid: Grid, solver: RTN | GPTQ
         raise UserError("--stats are of the model as it is, and --rotate changes it; use one of them")
     if config.target_bpw is not None and not 2 <= config.target_bpw <= 8:
         raise UserError(f"--target-bpw must lie between 2 and 8, got {config.target_bpw}")
-    if config.export != "none":
-        EXPORTERS[config.export].check(model, layers, grid)
+    for name in config.formats():
+        EXPORTERS[name].check(model, layers, grid)
 
 
 @torch.no_grad()
@@ -303,4 +311,4 @@ class Numbers:
 
 def size(folder: Path) -> int:
     """Bytes of the weights in a model folder."""
-    return sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    return sum(f.stat().st_size for pattern in WEIGHTS for f in folder.glob(pattern))

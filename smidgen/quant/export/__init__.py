@@ -1,5 +1,41 @@
 """Exporters: each writes what one family of runtimes loads, and says beforehand what it can hold."""
 
+from pathlib import Path
+from typing import Any, Protocol
+
+from smidgen.errors import UserError
+from smidgen.grid import Grid, QWeight
 from smidgen.quant.export.compressed_tensors import CompressedTensors
 
-EXPORTERS = {"compressed-tensors": CompressedTensors}
+
+class Exporter(Protocol):
+    """Writes one model into `folder`: `add` per block, in order, then `finish`."""
+
+    folder: Path
+
+    def __init__(self, folder: Path, checkpoint: Any, model: Any) -> None: ...
+
+    @staticmethod
+    def check(model: Any, layers: list[str], grid: Grid) -> None:
+        """Raises a UserError before any work if the format cannot hold these layers on this grid, naming the nearest it can."""
+        ...
+
+    def add(self, weights: dict[str, QWeight], module: Any, path: str) -> None:
+        """Takes a block: its quantized layers by full name, and through `module` at `path` its other parameters."""
+        ...
+
+    def finish(self) -> None:
+        """Writes what belongs to no block."""
+        ...
+
+
+EXPORTERS: dict[str, type[Exporter]] = {"compressed-tensors": CompressedTensors}
+
+
+def formats(names: str) -> list[str]:
+    """The formats in "a,b,c", each once; a UserError for one that is not known."""
+    wanted = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    unknown = [name for name in wanted if name not in EXPORTERS]
+    if unknown or not wanted:
+        raise UserError(f"no such format: {', '.join(unknown) or '(none given)'}; there are {', '.join(EXPORTERS)}")
+    return wanted

@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from smidgen.errors import UserError
-from smidgen.grid import Grid, QWeight, expand
-from smidgen.quant.checkpoint import Checkpoint
+from smidgen.grid import Grid, QWeight
+from smidgen.quant.checkpoint import Checkpoint, index
 from smidgen.quant.pack import pack, unpack
 from smidgen.quant.shards import Shards
 
@@ -102,7 +103,7 @@ class CompressedTensors:
                         "weights": weight_scheme(grid),
                         "format": "pack-quantized",
                     }
-                    for i, (grid, names) in enumerate(by_grid.items())
+                    for i, (grid, names) in enumerate(sorted(by_grid.items(), key=lambda pair: pair[0].bits))
                 },
                 "ignore": sorted(linear - set(self.layers)),
                 "format": "pack-quantized",
@@ -149,45 +150,77 @@ def half(value: Tensor, name: str) -> Tensor:
     return value.half()
 
 
+class Packed:
+    """The quantized layers of a written artifact, read one at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        config = _quantization_config(folder)
+        if config.get("quant_method") != "compressed-tensors" or config.get("format") != "pack-quantized":
+            raise UserError(f"{folder} is no artifact of smidgen: its config.json has no pack-quantized compressed-tensors weights")
+        self.folder = folder
+        self.files = index(folder)
+        self.schemes = {target: group["weights"] for group in config["config_groups"].values() for target in group["targets"]}
+        self.layers = [name.removesuffix(".weight_packed") for name in self.files if name.endswith(".weight_packed")]
+        if not self.layers:
+            raise UserError(f"{folder}: no quantized layers; the weights do not belong to this config.json")
+
+    def grid(self, layer: str) -> Grid:
+        """The grid a layer was solved on."""
+        scheme = self.schemes.get(layer) or self.schemes["Linear"]
+        stored = str(self._tensor(f"{layer}.weight_scale").dtype).removeprefix("torch.")
+        return Grid(scheme["num_bits"], scheme["group_size"] if scheme["strategy"] == "group" else None, scheme["symmetric"], stored)
+
+    def read(self, layer: str) -> QWeight:
+        """The opposite of `packed`."""
+        grid = self.grid(layer)
+        wanted = [p for p in PARTS if not (grid.symmetric and p == "weight_zero_point")]
+        parts = {part: self._tensor(f"{layer}.{part}") for part in wanted}
+        rows, columns = parts["weight_shape"].tolist()
+        codes = torch.from_numpy(unpack(parts["weight_packed"].numpy(), grid.bits, columns))
+        scale = parts["weight_scale"].float()
+        zero = torch.full_like(scale, 2 ** (grid.bits - 1))
+        if not grid.symmetric:
+            zero = torch.from_numpy(unpack(parts["weight_zero_point"].T.contiguous().numpy(), grid.bits, rows)).T.float()
+        return QWeight(codes, scale, zero, grid)
+
+    def _tensor(self, name: str) -> Tensor:
+        if name not in self.files:
+            raise UserError(f"{self.folder}: the weights lack {name}; the artifact is damaged")
+        with safe_open(self.files[name], "pt") as tensors:
+            return tensors.get_tensor(name)
+
+
+def _quantization_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise UserError(f"{folder} is not a model folder: it has no config.json")
+    try:
+        return json.loads(file.read_text()).get("quantization_config") or {}
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON: {error}") from error
+
+
 def is_mixed(folder: Path) -> bool:
     """Whether an artifact has layers of unequal bits.
 
     The format holds them, but transformers 5.23 unpacks every layer by the first group's bits.
     """
-    config = json.loads((folder / "config.json").read_text()).get("quantization_config") or {}
-    return len(config.get("config_groups") or {}) > 1
+    return len(_quantization_config(folder).get("config_groups") or {}) > 1
 
 
 def load_mixed(folder: Path, dtype: torch.dtype) -> Any:
     """An artifact, whose layers may have unequal bits, as ordinary layers."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    packed = Packed(folder)
     config = AutoConfig.from_pretrained(folder)
-    groups = config.quantization_config["config_groups"].values()
-    schemes = {layer: group["weights"] for group in groups for layer in group["targets"]}
     delattr(config, "quantization_config")
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {f"{layer}.weight": packed.read(layer).dequantize() for layer in packed.layers}
     for file in folder.glob("*.safetensors"):
-        tensors |= load_file(file)
-    for layer in [name.removesuffix(".weight_packed") for name in tensors if name.endswith(".weight_packed")]:
-        scheme = schemes.get(layer) or schemes["Linear"]
-        tensors[f"{layer}.weight"] = unpacked(
-            {k: tensors.pop(f"{layer}.{k}") for k in PARTS if f"{layer}.{k}" in tensors}, scheme["num_bits"]
-        )
+        tensors |= {n: t for n, t in load_file(file).items() if n.rpartition(".")[2] not in PARTS}
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     missing, unexpected = model.load_state_dict({n: t.to(dtype) for n, t in tensors.items()}, strict=False)
     if unexpected or set(missing) - set(model.all_tied_weights_keys):
         raise UserError(f"{folder}: the weights do not fit the model: {', '.join([*missing, *unexpected][:3])}")
     model.tie_weights()
     return model
-
-
-def unpacked(parts: dict[str, Tensor], bits: int) -> Tensor:
-    """The values of one layer; the opposite of `packed`."""
-    rows, columns = parts["weight_shape"].tolist()
-    codes = torch.from_numpy(unpack(parts["weight_packed"].numpy(), bits, columns))
-    scale = parts["weight_scale"]
-    zero = torch.full(scale.shape, 2 ** (bits - 1), dtype=torch.uint8)
-    if "weight_zero_point" in parts:
-        zero = torch.from_numpy(unpack(parts["weight_zero_point"].T.contiguous().numpy(), bits, rows)).T
-    return (codes.to(scale.dtype) - expand(zero.to(scale.dtype), columns)) * expand(scale, columns)

@@ -3,13 +3,23 @@
 A runtime needs no torch. `logits` reads a whole text at once; `start` and `step` are generation, with the runtime's own cache.
 """
 
+from importlib import import_module
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, Int
 
+from smidgen.errors import UserError
 
+RUNTIMES = {  # what an artifact holds -> who runs it
+    "*.gguf": "smidgen.quant.runtimes.llamacpp:LlamaCpp",
+    "*.onnx": "smidgen.quant.runtimes.onnxruntime:OnnxRuntime",
+    "config.json": "smidgen.quant.runtimes.transformers:Transformers",
+}
+
+
+@runtime_checkable
 class Runtime(Protocol):
     """One loaded model."""
 
@@ -17,7 +27,7 @@ class Runtime(Protocol):
     "The program and its version, as reports print it."
 
     @classmethod
-    def open(cls, artifact: Path, length: int = 1024, threads: int | None = None) -> Self:
+    def open(cls, artifact: Path, length: int = 1024, threads: int | None = None) -> "Runtime":
         """Loads a file or folder for up to `length` tokens; a UserError if it is none of this runtime's, or damaged."""
         ...
 
@@ -41,6 +51,22 @@ class Runtime(Protocol):
         """The opposite."""
         ...
 
+    def ends(self, token: int) -> bool:
+        """Whether the token ends a text."""
+        ...
+
     def close(self) -> None:
         """Frees what the runtime holds."""
         ...
+
+
+def find(artifact: Path) -> tuple[Path, type[Runtime]]:
+    """What a runtime loads, and which: of a file, its folder, or the folder of a run."""
+    if not artifact.exists():
+        raise UserError(f"no such artifact: {artifact}")
+    folder = artifact / "artifact" if (artifact / "artifact").is_dir() else artifact
+    for pattern, where in RUNTIMES.items():
+        if folder.match(pattern) if folder.is_file() else any(folder.glob(pattern)):
+            module, name = where.split(":")
+            return folder, vars(import_module(module))[name]
+    raise UserError(f"{artifact} holds nothing a runtime here loads ({', '.join(RUNTIMES)})")
