@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from smidgen.cli import main
+from smidgen.quant.export import gptq
 from smidgen.quant.export.compressed_tensors import Packed
 
 
@@ -69,3 +70,24 @@ def test_a_damaged_artifact_is_refused_and_leaves_nothing(artifact, tmp_path, re
     file.write_bytes(file.read_bytes()[:1000])
     assert "not a readable safetensors file" in refused(str(broken), "--to", "compressed-tensors", "--output", str(tmp_path / "f"))
     assert not list(tmp_path.glob("[ef]/compressed-tensors*")) and not list(tmp_path.glob("[ef]/metrics.json"))
+
+
+def test_one_run_writes_several_formats_with_the_same_integers(tiny_llama, train_text, test_text, tmp_path):
+    text = ["--calibration", str(train_text), "--evaluate", str(test_text), "--length", "64", "--sequences", "8", "--eval-windows", "2"]
+    options = ["--method", "gptq", "--bits", "3", "--group", "32", "--export", "compressed-tensors,gptq"]
+    assert main(["quantize", str(tiny_llama), *text, *options, "--output", str(tmp_path / "run")]) == 0
+    assert main(["convert", str(tmp_path / "run"), "--to", "gptq", "--output", str(tmp_path / "later")]) == 0
+    packed = Packed(tmp_path / "run" / "artifact")
+    for folder in ("run/gptq", "later/gptq"):
+        found = gptq.read(tmp_path / folder)
+        assert sorted(found) == sorted(packed.layers)
+        assert all(torch.equal(found[n].codes, packed.read(n).codes) for n in found)
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["written"]["gptq"]["folder"] == "gptq" and metrics["written"]["gptq"]["size_bytes"] > 0
+
+
+def test_a_format_that_cannot_hold_the_grid_refuses_before_work(artifact, tiny_llama, test_text, tmp_path, refused, capsys):
+    options = ["--method", "rtn", "--bits", "5", "--export", "compressed-tensors,gptq", "--evaluate", str(test_text)]
+    assert main(["quantize", str(tiny_llama), *options, "--output", str(tmp_path / "run")]) == 2
+    assert "use --bits 4" in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.glob("run/artifact*"))

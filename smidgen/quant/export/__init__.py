@@ -6,6 +6,7 @@ from typing import Any, Protocol
 from smidgen.errors import UserError
 from smidgen.grid import Grid, QWeight
 from smidgen.quant.export.compressed_tensors import CompressedTensors
+from smidgen.quant.export.gptq import Gptq
 
 
 class Exporter(Protocol):
@@ -29,7 +30,7 @@ class Exporter(Protocol):
         ...
 
 
-EXPORTERS: dict[str, type[Exporter]] = {"compressed-tensors": CompressedTensors}
+EXPORTERS: dict[str, type[Exporter]] = {"compressed-tensors": CompressedTensors, "gptq": Gptq}
 
 
 def formats(names: str) -> list[str]:
