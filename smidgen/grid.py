@@ -66,7 +66,7 @@ class Grid:
 
     def group_bits(self) -> float:
         """What a group takes beside its codes: a scale and, unless symmetric, a zero point."""
-        return torch.finfo(getattr(torch, self.scale_dtype)).bits + (0 if self.symmetric else self.bits)
+        return float(torch.finfo(getattr(torch, self.scale_dtype)).bits + (0 if self.symmetric else self.bits))
 
     def storable(self, new: Tensor, old: Tensor) -> Tensor:
         """The scales `new` as they can be stored; what cannot be a scale stays `old`."""

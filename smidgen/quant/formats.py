@@ -147,6 +147,16 @@ FORMATS = {
     )
 }
 
+Q4_0 = Grid(4, 32, symmetric=True, scale_dtype="float16")  # an ordinary grid: value = d (q - 8)
+
+
+def must_be_uniform(grid: Grid, who: str) -> None:
+    """Raises a UserError if `grid` is one of the above, which `who` cannot hold."""
+    if isinstance(grid, SuperGrid):
+        raise UserError(
+            f"{who} hold uniform grids, not {grid.name}; use --export gguf, or --bits {grid.bits} --group 32 instead of --format"
+        )
+
 
 def units(x: Float[Tensor, "*n groups"], steps: int) -> tuple[Float[Tensor, "*n"], Float[Tensor, "*n groups"]]:
     """The float16 numbers d and integers k <= steps with x = d k, for x >= 0 known to float32; a UserError if there are none.

@@ -21,6 +21,7 @@ from smidgen.quant.calibrate import Calibration
 from smidgen.quant.checkpoint import Checkpoint
 from smidgen.quant.evaluate import generate, perplexity, pick_device
 from smidgen.quant.export import EXPORTERS, formats
+from smidgen.quant.formats import FORMATS, Q4_0
 from smidgen.quant.linear import LINEAR, weight_of
 from smidgen.quant.load import load_artifact
 from smidgen.quant.memory import peak_bytes, reset_peak
@@ -53,6 +54,8 @@ class Config:
     "Columns that share a scale; none: a scale per row."
     symmetric: bool = False
     "No zero points."
+    format: Literal["uniform", "q2_k", "q3_k", "q4_k", "q4_1"] = "uniform"
+    "Uniform grids by the options above, or a format of llama.cpp's, solved on as it is; rows it cannot hold are q4_0, as llama.cpp has it."
     target_bpw: float | None = None
     "Bits per weight on average, scales included: every layer gets its own bits by its measured loss, instead of --bits."
     rotate: bool = False
@@ -71,8 +74,8 @@ class Config:
     "Texts for perplexity before and after."
     eval_windows: int | None = 24
     "Windows of each text, from its start; none: all."
-    export: str = "compressed-tensors"
-    "Formats to write, separated by commas: see docs/runtimes.md; none: measure only."
+    export: str = "auto"
+    "What to write, separated by commas: see docs/runtimes.md; none: measure only; auto: compressed-tensors, or gguf where --format is."
     output: Path | None = None
     "Folder of the run; by default a new one under runs/quantize."
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -98,10 +101,21 @@ class Config:
 
     def formats(self) -> list[str]:
         """What to write."""
+        if self.export == "auto":
+            return ["compressed-tensors" if self.format == "uniform" else "gguf"]
         return [] if self.export == "none" else formats(self.export)
 
+    def grids(self, widths: dict[str, int], dtype: torch.dtype) -> Grids:
+        """The grid of every layer, given its inputs, for a model stored as `dtype`."""
+        if self.format == "uniform":
+            return Grids(self.grid(dtype))
+        if (self.bits, self.group, self.symmetric, self.target_bpw) != (4, None, False, None):
+            raise UserError(f"--format {self.format} says bits and groups; leave out --bits, --group, --symmetric and --target-bpw")
+        chosen = FORMATS[self.format]
+        return Grids(chosen, {layer: Q4_0 for layer, columns in widths.items() if columns % chosen.block and columns % 32 == 0})
+
     def grid(self, dtype: torch.dtype) -> Grid:
-        """The weights' grid, for a model stored as `dtype`."""
+        """The weights' uniform grid, for a model stored as `dtype`."""
         auto = "float16" if dtype == torch.float32 else str(dtype).removeprefix("torch.")
         bits = self.bits if self.target_bpw is None else int(self.target_bpw)
         return Grid(bits, self.group, self.symmetric, auto if self.scale_dtype == "auto" else self.scale_dtype)
@@ -110,7 +124,8 @@ class Config:
 def command(config: Config) -> dict[str, Any]:
     """Quantize a language model and measure the written artifact."""
     width = f"w{config.bits}" if config.target_bpw is None else f"bpw{config.target_bpw:g}"
-    label = f"{Path(config.model).stem.lower()}-{config.method}-{width}" + (f"g{config.group}" if config.group else "")
+    width = width + (f"g{config.group}" if config.group else "") if config.format == "uniform" else config.format
+    label = f"{Path(config.model).stem.lower()}-{config.method}-{width}"
     if config.seeds < 1:
         raise UserError(f"--seeds must be at least 1, got {config.seeds}")
     with Run("quantize", config, config.output, label) as run:
@@ -141,7 +156,8 @@ def main(config: Config, run: Run) -> dict[str, Any]:
     source = Checkpoint.open(config.model)
     model = source.skeleton(device)
     solver = config.solver(known=family_of(model) is not None)
-    check(model, config, config.grid(source.dtype()), solver)
+    grids = config.grids(inputs_of(model), source.dtype())
+    check(model, config, grids, solver)
     if family_of(model) is None:
         run.say(f"note: the attention of '{model.config.model_type}' models is not known; it is treated like any other layers")
     stored = StatsFolder.open(config.stats) if config.stats else None
@@ -154,7 +170,7 @@ def main(config: Config, run: Run) -> dict[str, Any]:
     reset_peak(device)
     started = time.monotonic()
     checkpoint = rotate(source, run.partial("rotated"), config.seed) if config.rotate else source
-    job = Job(config, run, checkpoint, device, solver, tokens, stored)
+    job = Job(config, run, checkpoint, device, solver, grids, tokens, stored)
     folders, weights, rest, numbers = job.quantized()
     folder = folders.get("compressed-tensors")
     seconds, peak = time.monotonic() - started, peak_bytes(device)
@@ -171,7 +187,8 @@ def main(config: Config, run: Run) -> dict[str, Any]:
     metrics = run.finish(
         method=config.method,
         recipe=str(solver),
-        bits=config.bits if config.target_bpw is None else None,
+        bits=config.bits if config.target_bpw is None and config.format == "uniform" else None,
+        format=config.format,
         target_bpw=config.target_bpw,
         group=config.group,
         symmetric=config.symmetric,
@@ -204,6 +221,7 @@ class Job:
     checkpoint: Checkpoint
     device: torch.device
     solver: RTN | GPTQ
+    grids: Grids
     tokens: Int[Tensor, "n length"] | None
     stored: StatsFolder | None
 
@@ -216,7 +234,7 @@ class Job:
     def quantized(self) -> "tuple[dict[str, Path], dict[str, QWeight], dict[str, Tensor], Numbers]":
         """The folder of each format; where none of them can be reloaded to be measured, the quantized weights and other parameters."""
         config, dtype = self.config, self.checkpoint.dtype()
-        grids = Grids(config.grid(dtype), {} if config.target_bpw is None else self.allocated(config.target_bpw))
+        grids = self.grids if config.target_bpw is None else Grids(self.grids.base, self.allocated(config.target_bpw))
         exporters = {}
         if config.formats():
             model = self.checkpoint.skeleton(self.device)
@@ -239,19 +257,19 @@ class Job:
             exporter.finish()
         return {name: self.run.keep(e.folder) for name, e in exporters.items()}, weights, rest, numbers
 
-    def allocated(self, target: float) -> dict[str, int]:
-        """Bits of every layer, for `target` bits per weight on average."""
+    def allocated(self, target: float) -> dict[str, Grid]:
+        """The grid of every layer, for `target` bits per weight on average."""
         if not isinstance(self.solver, GPTQ):
             raise UserError(
                 f"--target-bpw measures losses, and {self.config.method} has no statistics to measure them with; use another --method"
             )
         measurer = replace(self.solver.quick(), mismatch="none", zfold=False, choose=False)
-        grid = self.config.grid(self.checkpoint.dtype())
-        loss, sizes = measured(self.blocks("float", "measuring"), measurer, grid, widths(target), self.stored, self.device)
+        base = self.grids.base
+        loss, sizes = measured(self.blocks("float", "measuring"), measurer, base, widths(target), self.stored, self.device)
         total = sum(q.numel() for q in self.matrices())
         bits = knapsack(loss, sizes, int(target * total))
         self.run.save("bits.json", bits)
-        return bits
+        return {layer: replace(base, bits=b) for layer, b in bits.items()}
 
     def matrices(self) -> Iterator[Tensor]:
         """The weights of every quantized layer, without values."""
@@ -259,15 +277,30 @@ class Job:
             yield from (weight_of(m) for m in module.modules() if isinstance(m, LINEAR))
 
 
-def check(model: PreTrainedModel, config: Config, grid: Grid, solver: RTN | GPTQ) -> None:
-    """Refuses what cannot work before any work starts."""
+def inputs_of(model: PreTrainedModel) -> dict[str, int]:
+    """The number of inputs of every layer that is to be quantized, by full name."""
     path, blocks = decoder_list(model)
     layers = [f"{path}.{i}.{n}" for i, b in enumerate(blocks) for n, m in b.named_modules() if isinstance(m, LINEAR)]
-    for name in layers:
+    return {name: weight_of(model.get_submodule(name)).shape[1] for name in layers}
+
+
+def layers_by_grid(model: PreTrainedModel, grids: Grids) -> dict[Grid, list[str]]:
+    """The layers to be solved on each grid; a UserError if one does not divide a layer's rows."""
+    by_grid: dict[Grid, list[str]] = {}
+    for name, columns in inputs_of(model).items():
+        by_grid.setdefault(grids.of(name), []).append(name)
         try:
-            grid.groups(weight_of(model.get_submodule(name)).shape[1])
+            grids.of(name).groups(columns)
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
+    return by_grid
+
+
+def check(model: PreTrainedModel, config: Config, grids: Grids, solver: RTN | GPTQ) -> None:
+    """Refuses what cannot work before any work starts."""
+    by_grid = layers_by_grid(model, grids)
+    if config.format != "uniform" and isinstance(solver, GPTQ) and solver.zfold:
+        raise UserError(f"Z-Fold chooses its factors on a uniform grid; with --format {config.format} use --{config.method}.no-zfold")
     if family_of(model) is None and ("h_out" in solver.needs or solver.zfold or "residual" in solver.needs):
         raise UserError(f"--method {config.method} does not know the attention of '{model.config.model_type}' models; use --method gptq")
     if "cross" in solver.needs and config.inputs == "float":
@@ -279,7 +312,8 @@ def check(model: PreTrainedModel, config: Config, grid: Grid, solver: RTN | GPTQ
     if config.target_bpw is not None and not 2 <= config.target_bpw <= 8:
         raise UserError(f"--target-bpw must lie between 2 and 8, got {config.target_bpw}")
     for name in config.formats():
-        EXPORTERS[name].check(model, layers, grid)
+        for grid, layers in by_grid.items():
+            EXPORTERS[name].check(model, layers, grid)
 
 
 @torch.no_grad()

@@ -23,15 +23,15 @@ from smidgen.run import Run
 
 @dataclass(frozen=True)
 class Grids:
-    """The grid of every layer: one for all, or each with its own bits."""
+    """The grid of every layer: one for all, but for some."""
 
     base: Grid
-    bits: dict[str, int] = field(default_factory=dict)
+    others: dict[str, Grid] = field(default_factory=dict)
     "By full name of the layer."
 
     def of(self, layer: str) -> Grid:
         """The layer's grid."""
-        return replace(self.base, bits=self.bits.get(layer, self.base.bits))
+        return self.others.get(layer, self.base)
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from smidgen.errors import UserError
 from smidgen.grid import Grid, QWeight
 from smidgen.quant.checkpoint import Checkpoint, index
+from smidgen.quant.formats import must_be_uniform
 from smidgen.quant.pack import pack, unpack
 from smidgen.quant.shards import Shards
 
@@ -50,6 +51,7 @@ class CompressedTensors:
     @staticmethod
     def check(model: PreTrainedModel, layers: list[str], grid: Grid) -> None:
         """Raises a UserError before any work if the format cannot hold these layers on this grid."""
+        must_be_uniform(grid, "compressed-tensors checkpoints")
         for name in layers:
             layer = model.get_submodule(name)
             if not isinstance(layer, nn.Linear):

@@ -50,6 +50,7 @@ from smidgen.errors import UserError
 from smidgen.grid import Grid, QWeight
 from smidgen.quant.checkpoint import Checkpoint
 from smidgen.quant.export.compressed_tensors import half
+from smidgen.quant.formats import must_be_uniform
 from smidgen.quant.pack import pack, unpack
 from smidgen.quant.shards import Shards
 
@@ -78,6 +79,7 @@ class Gptq:
     @staticmethod
     def check(model: PreTrainedModel, layers: list[str], grid: Grid) -> None:
         """Raises a UserError before any work if the format cannot hold these layers on this grid."""
+        must_be_uniform(grid, "gptq checkpoints")
         if grid.bits not in BITS:
             nearest = min(BITS, key=lambda b: (abs(b - grid.bits), -b))
             raise UserError(f"gptq checkpoints hold 2, 3, 4 or 8 bits, not {grid.bits}; use --bits {nearest}")
