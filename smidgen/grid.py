@@ -60,6 +60,19 @@ class Grid:
             raise UserError(f"group {self.group} does not divide a row of {columns} weights; use a divisor or --group none")
         return columns // self.group
 
+    def fitted(self, columns: int) -> int:
+        """Columns whose scales are chosen together: a group."""
+        return columns // self.groups(columns)
+
+    def group_bits(self) -> float:
+        """What a group takes beside its codes: a scale and, unless symmetric, a zero point."""
+        return torch.finfo(getattr(torch, self.scale_dtype)).bits + (0 if self.symmetric else self.bits)
+
+    def storable(self, new: Tensor, old: Tensor) -> Tensor:
+        """The scales `new` as they can be stored; what cannot be a scale stays `old`."""
+        stored = self._stored(new)
+        return torch.where(stored.isfinite() & (stored > 0), stored, old)
+
     def encode(self, w: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """Nearest codes, as floats; `scale` and `zero` broadcast against `w`."""
         return (torch.round(w / scale) + zero).clamp_(0, self.top)
@@ -198,8 +211,7 @@ class QWeight:
 
     def bits(self) -> int:
         """What codes, scales and zero points take."""
-        per_scale = torch.finfo(getattr(torch, self.grid.scale_dtype)).bits + (0 if self.grid.symmetric else self.grid.bits)
-        return self.codes.numel() * self.grid.bits + self.scale.numel() * per_scale
+        return self.codes.numel() * self.grid.bits + round(self.scale.numel() * self.grid.group_bits())
 
     def expanded(self) -> tuple[Tensor, Tensor]:
         """Scale and zero repeated to one per weight."""

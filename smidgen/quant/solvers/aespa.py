@@ -99,10 +99,11 @@ def learn(
     pull: float,
 ) -> Heads:
     """Codes after `options.steps` steps from the compensated weights `updated`, towards the weights `w`."""
-    floor = torch.floor(updated / scale)
-    fraction = updated / scale - floor
-    b = torch.logit((fraction - LOW) / (HIGH - LOW))
-    floor += zero
+    whole = zero.round()
+    levels = updated / scale + (zero - whole)  # the second term is 0 unless a format has real zeros
+    floor = torch.floor(levels)
+    b = torch.logit((levels - floor - LOW) / (HIGH - LOW))
+    floor += whole
     optimizer = torch.optim.Adam([b], lr=options.learning_rate, fused=True)
     b.grad = torch.empty_like(b)
     schedule = annealed(options, pull).to(w)

@@ -104,7 +104,7 @@ def _refit_rows(w: Heads, h: Tensor, levels: Heads, scale: Tensor, grid: Grid) -
         seen = levels[..., columns] @ h[:, columns]
         a[..., g, :] = (seen * levels).unflatten(-1, (groups, -1)).sum(-1)
         b[..., g] = (seen * w).sum(-1)
-    new = storable(solved(a, b, scale), scale, grid)
+    new = grid.storable(solved(a, b, scale), scale)
     better = quadratic(a, b, new) < quadratic(a, b, scale)
     return torch.where(better[..., None], new, scale)
 
@@ -122,7 +122,7 @@ def _refit_heads(w: Heads, h: Tensor, h_out: Tensor, levels: Heads, scale: Tenso
             a[:, g] = h_out[i][:, :, None] * met
             b[:, g] = (h_out[i] * (seen @ w[i].T)).sum(-1)
         a, b, old = a.view(rows * groups, -1), b.flatten(), scale[i].flatten()
-        new = storable(solved(a, b, old), old, grid)
+        new = grid.storable(solved(a, b, old), old)
         result.append((new if quadratic(a, b, new) < quadratic(a, b, old) else old).view(rows, groups))
     return torch.stack(result)
 
@@ -143,9 +143,3 @@ def solved(a: Float[Tensor, "*n k k"], b: Float[Tensor, "*n k"], old: Float[Tens
 def quadratic(a: Float[Tensor, "*n k k"], b: Float[Tensor, "*n k"], x: Float[Tensor, "*n k"]) -> Float[Tensor, "*n"]:
     """x a x - 2 b x."""
     return ((a @ x[..., None])[..., 0] * x - 2 * b * x).sum(-1)
-
-
-def storable(new: Tensor, old: Tensor, grid: Grid) -> Tensor:
-    """`new` as it can be stored; what cannot be a scale stays `old`."""
-    stored = new.to(getattr(torch, grid.scale_dtype)).to(new.dtype)
-    return torch.where(stored.isfinite() & (stored > 0), stored, old)

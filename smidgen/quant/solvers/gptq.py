@@ -165,11 +165,11 @@ def column_by_column(w: Tensor, u: Tensor, grid: Grid, scale: Tensor, zero: Tens
 def solve_groups(w: Heads, u: Tensor, metric: Tensor | None, grid: Grid) -> tuple[Heads, Heads, Tensor, Tensor]:
     """The column loop with each group's grid fitted when its first column is reached: codes, E, scales, zeros."""
     columns = w.shape[-1]
-    width = columns // grid.groups(columns)
+    width = grid.fitted(columns)
     parts = []
     for start in range(0, columns, width):
         group = slice(start, start + width)
-        scale, zero = grid.fit_group(w[..., group], metric_of(metric, group, w.ndim))
+        scale, zero = grid.fit(w[..., group], metric_of(metric, group, w.ndim))
         codes, errors = solve_block(w[..., group], u[:, group, group], grid, expand(scale, width), expand(zero, width))
         w[..., start + width :] -= errors @ u[:, group, start + width :]
         parts.append((codes, errors, scale, zero))
