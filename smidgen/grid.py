@@ -18,7 +18,7 @@ is solved on them: what the artifact holds is what the solver saw.
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from smidgen.errors import UserError
@@ -216,6 +216,10 @@ class QWeight:
     def expanded(self) -> tuple[Tensor, Tensor]:
         """Scale and zero repeated to one per weight."""
         return expand(self.scale, self.codes.shape[-1]), expand(self.zero, self.codes.shape[-1])
+
+    def at(self, rows: Int[Tensor, "n"]) -> "QWeight":
+        """These rows, in this order."""
+        return replace(self, codes=self.codes[rows], scale=self.scale[rows], zero=self.zero[rows])
 
     def split(self, rows: list[int]) -> "list[QWeight]":
         """The opposite of `stack`: consecutive numbers of rows."""

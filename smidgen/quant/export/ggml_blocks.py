@@ -136,10 +136,12 @@ def floats(data: np.ndarray) -> Tensor:
 
 
 def byte(x: Tensor) -> np.ndarray:
+    """Small integers in floats, as bytes."""
     return x.numpy().astype(np.uint8)
 
 
 def numbers(x: np.ndarray) -> Tensor:
+    """The opposite."""
     return torch.from_numpy(x.astype(np.float32))
 
 
@@ -150,6 +152,7 @@ def nibbles(codes: np.ndarray, n: int) -> np.ndarray:
 
 
 def unnibbled(data: np.ndarray, n: int) -> np.ndarray:
+    """The opposite."""
     c = data.reshape(*data.shape[:2], -1, 1, n)
     return np.concatenate([c & 15, c >> 4], -2).reshape(*data.shape[:2], -1)
 
@@ -161,6 +164,7 @@ def pairs(codes: np.ndarray) -> np.ndarray:
 
 
 def unpaired(data: np.ndarray) -> np.ndarray:
+    """The opposite."""
     return (data.reshape(*data.shape[:2], 2, 1, 32) >> SHIFTS[:, None] & 3).reshape(*data.shape[:2], 256)
 
 
@@ -172,6 +176,7 @@ def split(sc: np.ndarray) -> np.ndarray:
 
 
 def joined(data: np.ndarray) -> np.ndarray:
+    """The opposite."""
     low = np.concatenate([data[..., :8] & 15, data[..., :8] >> 4], -1)
     high = data[..., None, 8:] >> SHIFTS[:, None] & 3
     return low | high.reshape(low.shape) << 4
@@ -184,5 +189,6 @@ def interleaved(sc: np.ndarray, m: np.ndarray) -> np.ndarray:
 
 
 def deinterleaved(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The opposite."""
     s, m, low = data[..., :4], data[..., 4:8], data[..., 8:]
     return np.concatenate([s & 63, low & 15 | s >> 6 << 4], -1), np.concatenate([m & 63, low >> 4 | m >> 6 << 4], -1)

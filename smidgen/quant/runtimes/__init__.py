@@ -4,7 +4,7 @@ A runtime needs no torch. `logits` reads a whole text at once; `start` and `step
 """
 
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Protocol
 
 import numpy as np
 from jaxtyping import Float32, Int
@@ -17,7 +17,7 @@ class Runtime(Protocol):
     "The program and its version, as reports print it."
 
     @classmethod
-    def open(cls, artifact: Path, length: int = 1024, threads: int | None = None) -> Self:
+    def open(cls, artifact: Path, length: int = 1024, threads: int | None = None) -> "Runtime":
         """Loads a file or folder for up to `length` tokens; a UserError if it is none of this runtime's, or damaged."""
         ...
 
