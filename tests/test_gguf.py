@@ -26,9 +26,9 @@ LENGTH = 64
 
 
 @pytest.fixture(scope="module")
-def wide_llama(trained) -> Path:
-    """A trained Llama of width 256, which super-blocks need."""
-    return trained("wide-llama", config(transformers.LlamaConfig, hidden_size=256, intermediate_size=256))
+def wide_llama(tmp_path_factory, tokenizer) -> Path:
+    """A Llama of width 256, which super-blocks need."""
+    return random(transformers.LlamaConfig, tmp_path_factory.mktemp("wide") / "llama", tokenizer, hidden_size=256, intermediate_size=256)
 
 
 def config(kind, **changed):
@@ -82,8 +82,12 @@ def written(source: Path, folder: Path, grid: Grid) -> tuple[dict[str, QWeight],
 
 def runtime(folder: Path):
     pytest.importorskip("llama_cpp_py_sync", reason="needs the package llama-cpp-py-sync")
-    from smidgen.quant.runtimes.llamacpp import LlamaCpp
+    from smidgen.quant.runtimes.llamacpp import LlamaCpp, library
 
+    try:
+        library()
+    except UserError as error:
+        pytest.skip(str(error))
     return LlamaCpp.open(folder, length=128, threads=1)
 
 

@@ -115,7 +115,8 @@ def unpack(data: UInt8[np.ndarray, "out bytes"], kind: str) -> QWeight:
         sc, m = (numbers(t) for t in deinterleaved(blocks[..., 4:16]))
     if not bool(((sc > 0) & (d > 0)).all()):
         raise UserError(f"{kind} blocks with scales of 0 or below, which smidgen does not write; it reads its own files only")
-    return assembled(codes, d * sc, None if dmin is None else dmin.double() * m / (d * sc).double(), FORMATS[kind])
+    zero = None if dmin is None or m is None else dmin.double() * m / (d * sc).double()
+    return assembled(codes, d * sc, zero, FORMATS[kind])
 
 
 def assembled(codes: np.ndarray, scale: Tensor, zero: Tensor | None, grid: Grid) -> QWeight:

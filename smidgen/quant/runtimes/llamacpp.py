@@ -165,10 +165,14 @@ def library() -> tuple[Any, Any, str]:
     """cffi, the C library with its log silenced, and its name and version."""
     try:
         from llama_cpp_py_sync import __llama_cpp_tag__
-        from llama_cpp_py_sync._cffi_bindings import ffi, get_lib
+        from llama_cpp_py_sync import _cffi_bindings
     except ImportError as error:
         raise UserError("llama.cpp needs the package llama-cpp-py-sync: pip install smidgen[llamacpp]") from error
-    lib = get_lib()
+    ffi: Any = _cffi_bindings.ffi
+    try:
+        lib: Any = _cffi_bindings.get_lib()
+    except RuntimeError as error:  # its wheels are tagged for old systems, but need glibc 2.38
+        raise UserError(f"llama.cpp cannot be loaded on this system: {str(error).splitlines()[0]}") from error
     if not KEPT:
 
         def log(level: int, text: Any, _: Any) -> None:
