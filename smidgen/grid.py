@@ -64,7 +64,7 @@ class Grid:
         """Columns whose scales are chosen together: a group."""
         return columns // self.groups(columns)
 
-    def group_bits(self) -> float:
+    def group_bits(self) -> int:
         """What a group takes beside its codes: a scale and, unless symmetric, a zero point."""
         return torch.finfo(getattr(torch, self.scale_dtype)).bits + (0 if self.symmetric else self.bits)
 
@@ -211,7 +211,7 @@ class QWeight:
 
     def bits(self) -> int:
         """What codes, scales and zero points take."""
-        return self.codes.numel() * self.grid.bits + round(self.scale.numel() * self.grid.group_bits())
+        return self.codes.numel() * self.grid.bits + self.scale.numel() * self.grid.group_bits()
 
     def expanded(self) -> tuple[Tensor, Tensor]:
         """Scale and zero repeated to one per weight."""

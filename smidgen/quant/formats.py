@@ -68,9 +68,9 @@ class SuperGrid(Grid):
         self.groups(columns)
         return self.block
 
-    def group_bits(self) -> float:
+    def group_bits(self) -> int:
         """What a group takes beside its codes, its share of d and dmin included."""
-        return self.overhead * self.width / self.block
+        return self.overhead * self.width // self.block
 
     def encode(self, w: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """Nearest codes, as floats."""

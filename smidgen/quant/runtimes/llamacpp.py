@@ -164,8 +164,7 @@ def complaint() -> str:
 def library() -> tuple[Any, Any, str]:
     """cffi, the C library with its log silenced, and its name and version."""
     try:
-        from llama_cpp_py_sync import __llama_cpp_tag__
-        from llama_cpp_py_sync import _cffi_bindings
+        from llama_cpp_py_sync import __llama_cpp_tag__, _cffi_bindings
     except ImportError as error:
         raise UserError("llama.cpp needs the package llama-cpp-py-sync: pip install smidgen[llamacpp]") from error
     ffi: Any = _cffi_bindings.ffi
