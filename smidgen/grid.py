@@ -18,7 +18,7 @@ is solved on them: what the artifact holds is what the solver saw.
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from smidgen.errors import UserError
@@ -64,9 +64,9 @@ class Grid:
         """Columns whose scales are chosen together: a group."""
         return columns // self.groups(columns)
 
-    def group_bits(self) -> float:
+    def group_bits(self) -> int:
         """What a group takes beside its codes: a scale and, unless symmetric, a zero point."""
-        return float(torch.finfo(getattr(torch, self.scale_dtype)).bits + (0 if self.symmetric else self.bits))
+        return torch.finfo(getattr(torch, self.scale_dtype)).bits + (0 if self.symmetric else self.bits)
 
     def storable(self, new: Tensor, old: Tensor) -> Tensor:
         """The scales `new` as they can be stored; what cannot be a scale stays `old`."""
@@ -211,11 +211,15 @@ class QWeight:
 
     def bits(self) -> int:
         """What codes, scales and zero points take."""
-        return self.codes.numel() * self.grid.bits + round(self.scale.numel() * self.grid.group_bits())
+        return self.codes.numel() * self.grid.bits + self.scale.numel() * self.grid.group_bits()
 
     def expanded(self) -> tuple[Tensor, Tensor]:
         """Scale and zero repeated to one per weight."""
         return expand(self.scale, self.codes.shape[-1]), expand(self.zero, self.codes.shape[-1])
+
+    def at(self, rows: Int[Tensor, "n"]) -> "QWeight":
+        """These rows, in this order."""
+        return replace(self, codes=self.codes[rows], scale=self.scale[rows], zero=self.zero[rows])
 
     def split(self, rows: list[int]) -> "list[QWeight]":
         """The opposite of `stack`: consecutive numbers of rows."""

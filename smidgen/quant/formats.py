@@ -68,9 +68,9 @@ class SuperGrid(Grid):
         self.groups(columns)
         return self.block
 
-    def group_bits(self) -> float:
+    def group_bits(self) -> int:
         """What a group takes beside its codes, its share of d and dmin included."""
-        return self.overhead * self.width / self.block
+        return self.overhead * self.width // self.block
 
     def encode(self, w: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """Nearest codes, as floats."""
@@ -153,9 +153,7 @@ Q4_0 = Grid(4, 32, symmetric=True, scale_dtype="float16")  # an ordinary grid: v
 def must_be_uniform(grid: Grid, who: str) -> None:
     """Raises a UserError if `grid` is one of the above, which `who` cannot hold."""
     if isinstance(grid, SuperGrid):
-        raise UserError(
-            f"{who} hold uniform grids, not {grid.name}; use --export gguf, or --bits {grid.bits} --group 32 instead of --format"
-        )
+        raise UserError(f"{who} hold uniform grids, not {grid.name}; use --export gguf, or --bits {grid.bits} --group 32, not --format")
 
 
 def units(x: Float[Tensor, "*n groups"], steps: int) -> tuple[Float[Tensor, "*n"], Float[Tensor, "*n groups"]]:

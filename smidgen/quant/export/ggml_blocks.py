@@ -115,7 +115,8 @@ def unpack(data: UInt8[np.ndarray, "out bytes"], kind: str) -> QWeight:
         sc, m = (numbers(t) for t in deinterleaved(blocks[..., 4:16]))
     if not bool(((sc > 0) & (d > 0)).all()):
         raise UserError(f"{kind} blocks with scales of 0 or below, which smidgen does not write; it reads its own files only")
-    return assembled(codes, d * sc, None if dmin is None else dmin.double() * m / (d * sc).double(), FORMATS[kind])
+    zero = None if dmin is None or m is None else dmin.double() * m / (d * sc).double()
+    return assembled(codes, d * sc, zero, FORMATS[kind])
 
 
 def assembled(codes: np.ndarray, scale: Tensor, zero: Tensor | None, grid: Grid) -> QWeight:
@@ -136,10 +137,12 @@ def floats(data: np.ndarray) -> Tensor:
 
 
 def byte(x: Tensor) -> np.ndarray:
+    """Small integers in floats, as bytes."""
     return x.numpy().astype(np.uint8)
 
 
 def numbers(x: np.ndarray) -> Tensor:
+    """The opposite."""
     return torch.from_numpy(x.astype(np.float32))
 
 
@@ -150,6 +153,7 @@ def nibbles(codes: np.ndarray, n: int) -> np.ndarray:
 
 
 def unnibbled(data: np.ndarray, n: int) -> np.ndarray:
+    """The opposite."""
     c = data.reshape(*data.shape[:2], -1, 1, n)
     return np.concatenate([c & 15, c >> 4], -2).reshape(*data.shape[:2], -1)
 
@@ -161,6 +165,7 @@ def pairs(codes: np.ndarray) -> np.ndarray:
 
 
 def unpaired(data: np.ndarray) -> np.ndarray:
+    """The opposite."""
     return (data.reshape(*data.shape[:2], 2, 1, 32) >> SHIFTS[:, None] & 3).reshape(*data.shape[:2], 256)
 
 
@@ -172,6 +177,7 @@ def split(sc: np.ndarray) -> np.ndarray:
 
 
 def joined(data: np.ndarray) -> np.ndarray:
+    """The opposite."""
     low = np.concatenate([data[..., :8] & 15, data[..., :8] >> 4], -1)
     high = data[..., None, 8:] >> SHIFTS[:, None] & 3
     return low | high.reshape(low.shape) << 4
@@ -184,5 +190,6 @@ def interleaved(sc: np.ndarray, m: np.ndarray) -> np.ndarray:
 
 
 def deinterleaved(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The opposite."""
     s, m, low = data[..., :4], data[..., 4:8], data[..., 8:]
     return np.concatenate([s & 63, low & 15 | s >> 6 << 4], -1), np.concatenate([m & 63, low >> 4 | m >> 6 << 4], -1)

@@ -1,0 +1,435 @@
+"""GGUF: one file with weights, architecture and tokenizer, loaded by llama.cpp and what is built on it.
+
+The integers of a layer become llama.cpp's blocks as they are (ggml_blocks.py). Embeddings and head are rounded to q8_0, or
+float16 where their width is no multiple of 32; norms and biases stay float32. Where llama.cpp's names or conventions differ from
+transformers', the table FAMILIES says so:
+
+    names           model.layers.3.self_attn.q_proj.weight  ->  blk.3.attn_q.weight
+    rows of q, k    llama's rope turns neighbours (2i, 2i+1), transformers' turns (i, i + d/2): within each head row i moves to 2i and
+                    row i + d/2 to 2i + 1. Codes, scales and zeros of a row move together. Other families rope as transformers does.
+
+Tensors are spooled to a temporary file block by block ($TMPDIR, beyond 256 MiB), since the header, which comes first, lists them all.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from smidgen.errors import UserError
+from smidgen.grid import Grid, QWeight
+from smidgen.quant.blocks import decoder_list
+from smidgen.quant.checkpoint import Checkpoint
+from smidgen.quant.export.ggml_blocks import SIZES, pack, type_of, unpack
+from smidgen.quant.linear import LINEAR, weight_of
+
+FILE = "model.gguf"
+FILE_TYPES = {"f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q2_k": 10, "q3_k": 11, "q4_k": 14}  # llama.cpp's LLAMA_FTYPE_MOSTLY_...
+CHUNK = 4096  # rows of an embedding rounded at once
+
+
+@dataclass(frozen=True)
+class Family:
+    """How llama.cpp calls and stores the parts of one `model_type`."""
+
+    arch: str
+    "general.architecture."
+    blocks: str
+    "Path of the decoder list."
+    layers: dict[str, str]
+    "Linear layers of a block."
+    others: dict[str, str]
+    "Modules of a block with vectors only."
+    rest: dict[str, str]
+    "Modules outside the blocks."
+    permuted: bool = False
+    "Whether rows of q and k are reordered for the rope."
+
+    def gguf(self, name: str) -> str:
+        """llama.cpp's name of a parameter."""
+        module, _, kind = name.rpartition(".")
+        if module in self.rest:
+            return f"{self.rest[module]}.{kind}"
+        index, _, local = module.removeprefix(f"{self.blocks}.").partition(".")
+        names = self.layers | self.others
+        if local not in names:
+            raise UserError(f"gguf has no name for {name} in {self.arch} models")
+        return f"blk.{index}.{names[local]}.{kind}"
+
+    def layer(self, name: str) -> str | None:
+        """Our full name of a block's Linear layer from llama.cpp's name of its weight; None for anything else."""
+        parts = name.split(".")
+        ours = {theirs: ours for ours, theirs in self.layers.items()}
+        if len(parts) != 4 or parts[0] != "blk" or parts[2] not in ours or parts[3] != "weight":
+            return None
+        return f"{self.blocks}.{parts[1]}.{ours[parts[2]]}"
+
+    def heads(self, name: str, heads: int, kv_heads: int) -> int | None:
+        """Heads whose rows are reordered in a parameter; None if they stay."""
+        return {"q_proj": heads, "k_proj": kv_heads}.get(name.split(".")[-2]) if self.permuted else None
+
+
+ATTENTION = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output"}
+MLP = {"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
+NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+QK_NORMS = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
+REST = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+FAMILIES = {
+    "llama": Family("llama", "model.layers", ATTENTION | MLP, NORMS, REST, permuted=True),
+    "mistral": Family("llama", "model.layers", ATTENTION | MLP, NORMS, REST, permuted=True),
+    "qwen2": Family("qwen2", "model.layers", ATTENTION | MLP, NORMS, REST),
+    "qwen3": Family("qwen3", "model.layers", ATTENTION | MLP, NORMS | QK_NORMS, REST),
+    "phi3": Family(
+        "phi3",
+        "model.layers",
+        {
+            "self_attn.qkv_proj": "attn_qkv",
+            "self_attn.o_proj": "attn_output",
+            "mlp.gate_up_proj": "ffn_up",
+            "mlp.down_proj": "ffn_down",
+        },
+        NORMS,
+        REST,
+    ),
+    "gpt2": Family(
+        "gpt2",
+        "transformer.h",
+        {"attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"},
+        {"ln_1": "attn_norm", "ln_2": "ffn_norm"},
+        {"transformer.wte": "token_embd", "transformer.wpe": "position_embd", "transformer.ln_f": "output_norm", "lm_head": "output"},
+    ),
+}
+
+
+@dataclass
+class Gguf:
+    """Writes `model.gguf` into `folder`: `add` per block, then `finish`."""
+
+    folder: Path
+    checkpoint: Checkpoint
+    model: PreTrainedModel
+    "The skeleton: says which parameters exist."
+    done: set[str] = field(default_factory=set)
+    kinds: dict[str, int] = field(default_factory=dict)
+    "Weights of every block type."
+
+    def __post_init__(self) -> None:
+        self.family = family_of(self.model)
+        self.config = self.model.config
+        writer = gguf_package().GGUFWriter
+        self.writer = writer(self.folder / FILE, self.family.arch, use_temp_file=True)
+        add_architecture(self.writer, self.config, self.checkpoint.name)
+        add_tokenizer(self.writer, self.checkpoint.tokenizer(), self.config.vocab_size)
+
+    @staticmethod
+    def check(model: PreTrainedModel, layers: list[str], grid: Grid) -> None:
+        """Raises a UserError before any work if the format cannot hold these layers on this grid."""
+        gguf_package()
+        family = family_of(model)
+        type_of(grid)
+        rope(model.config)
+        for name in layers:
+            layer = model.get_submodule(name)
+            if not isinstance(layer, LINEAR):
+                raise UserError(f"gguf holds linear layers only, {name} is a {type(layer).__name__}")
+            family.gguf(f"{name}.weight")
+            try:
+                grid.groups(weight_of(layer).shape[1])
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from error
+
+    def add(self, weights: dict[str, QWeight], module: nn.Module, path: str) -> None:
+        """Takes a block: its quantized layers by full name, and through `module` at `path` its other parameters."""
+        for name, q in weights.items():
+            try:
+                kind = type_of(q.grid)
+                rows = pack(q.at(self._order(f"{name}.weight", len(q.codes))))
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from error
+            self.kinds[kind] = self.kinds.get(kind, 0) + q.codes.numel()
+            self._write(f"{name}.weight", rows, kind)
+        names = {f"{path}.{n}": p for n, p in module.named_parameters() if f"{path}.{n}" not in self.done}
+        stored = self.checkpoint.read([n for n, p in names.items() if p.is_meta])
+        for name, parameter in names.items():
+            value = stored[name] if parameter.is_meta else parameter.detach().cpu()
+            if value.ndim == 2 and isinstance(self.model.get_submodule(name.rpartition(".")[0]), Conv1D):
+                value = value.T
+            value = value[self._order(name, len(value))]
+            self._write(name, value.float().numpy() if value.ndim == 1 else finite16(value, name))
+
+    def finish(self) -> None:
+        """Writes what belongs to no block, and the file itself."""
+        for name, _ in self.model.named_parameters(remove_duplicate=False):
+            if name not in self.done and name not in self.model.all_tied_weights_keys:
+                self._rest(name, self.checkpoint.read([name])[name])
+        factors = rope_factors(self.config)
+        if factors is not None:
+            self.writer.add_tensor("rope_freqs.weight", factors)
+        self.writer.add_quantization_version(2)
+        self.writer.add_file_type(FILE_TYPES[max(self.kinds, key=lambda k: self.kinds[k], default="f16")])
+        self.writer.write_header_to_file()
+        self.writer.write_kv_data_to_file()
+        self.writer.write_tensors_to_file()
+        self.writer.close()
+
+    def _order(self, name: str, rows: int) -> Tensor:
+        heads = self.family.heads(name, self.config.num_attention_heads, kv_heads(self.config))
+        return torch.arange(rows) if heads is None else rope_order(rows, heads)
+
+    def _rest(self, name: str, value: Tensor) -> None:
+        """An embedding, the head or the last norm."""
+        if value.ndim == 1 or self.family.gguf(name).startswith("position_embd"):
+            self._write(name, value.float().numpy())
+        elif value.shape[1] % 32:
+            self._write(name, finite16(value, name))
+        else:
+            self._write(name, np.concatenate([nearest_q8(part) for part in value.split(CHUNK)]), "q8_0")
+
+    def _write(self, name: str, value: np.ndarray, kind: str | None = None) -> None:
+        types = gguf_package().GGMLQuantizationType
+        self.done.add(name)
+        self.writer.add_tensor(self.family.gguf(name), value, raw_dtype=None if kind is None else types[kind.upper()])
+
+
+def write_float(folder: Path, checkpoint: Checkpoint) -> Path:
+    """The model unquantized, layers as float16: what llama.cpp's own quantization starts from."""
+    model = checkpoint.skeleton(torch.device("cpu"))
+    exporter = Gguf(folder, checkpoint, model)
+    path, blocks = decoder_list(model)
+    for i, block in enumerate(blocks):
+        exporter.add({}, block, f"{path}.{i}")
+    exporter.finish()
+    return folder / FILE
+
+
+def read(file: Path) -> dict[str, QWeight]:
+    """The quantized layers of a file that `Gguf` wrote, by our names and in transformers' order of rows."""
+    fields, tensors = contents(file)
+    arch = fields.get("general.architecture")
+    family = next((f for f in FAMILIES.values() if f.arch == arch), None)
+    if family is None:
+        raise UserError(f"{file}: architecture {arch} is not known; only {', '.join(sorted({f.arch for f in FAMILIES.values()}))} are")
+    heads = fields.get(f"{arch}.attention.head_count")
+    if not isinstance(heads, int):
+        raise UserError(f"{file}: no {arch}.attention.head_count")
+    weights = {}
+    for tensor in tensors:
+        name, kind = family.layer(tensor.name), tensor.tensor_type.name.lower()
+        if name is None:
+            continue
+        if kind not in SIZES:
+            raise UserError(f"{file}: {tensor.name} is {kind}; smidgen reads {', '.join(SIZES)}")
+        try:
+            q = unpack(np.array(tensor.data), kind)
+        except UserError as error:
+            raise UserError(f"{file}: {tensor.name}: {error}") from error
+        permuted = family.heads(f"{name}.weight", heads, fields.get(f"{arch}.attention.head_count_kv", heads))
+        weights[name] = q if permuted is None else q.at(rope_order(len(q.codes), permuted).argsort())
+    if not weights:
+        raise UserError(f"{file} holds no quantized layers")
+    return weights
+
+
+def contents(file: Path) -> tuple[dict[str, Any], list[Any]]:
+    """Metadata, without the tokenizer's, and the tensors of a GGUF file."""
+    reader = gguf_package().GGUFReader
+    if not file.is_file():
+        raise UserError(f"no such file: {file}")
+    try:
+        found = reader(file)
+        return {name: f.contents() for name, f in found.fields.items() if not name.startswith("tokenizer.")}, found.tensors
+    except Exception as error:  # it slices the file as the file's own bytes say, and numpy raises whatever a damaged one makes it
+        raise UserError(f"{file} is not a GGUF file, or damaged: {(str(error) or type(error).__name__).splitlines()[0]}") from error
+
+
+def rope_order(rows: int, heads: int) -> Tensor:
+    """Rows in llama's order.
+
+    >>> rope_order(8, 2).tolist()
+    [0, 2, 1, 3, 4, 6, 5, 7]
+    """
+    return torch.arange(rows).view(heads, 2, -1).mT.flatten()
+
+
+def add_architecture(writer: Any, config: Any, name: str) -> None:
+    """Sizes, rope and norm."""
+    gpt2 = config.model_type == "gpt2"
+    head = config.hidden_size // config.num_attention_heads if gpt2 else head_size(config)
+    length, window = config.max_position_embeddings, None if gpt2 else config.to_dict().get("sliding_window")
+    writer.add_name(name)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length((config.n_inner or 4 * config.hidden_size) if gpt2 else config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(kv_heads(config))
+    writer.add_vocab_size(config.vocab_size)
+    if config.model_type == "phi3":
+        writer.add_sliding_window(window or 0)
+    elif window is not None:  # llama.cpp knows no window for these: right as long as texts are no longer
+        length = min(length, window)
+    writer.add_context_length(length)
+    if gpt2:
+        writer.add_layer_norm_eps(config.layer_norm_epsilon)
+        return
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_key_length(head)
+    writer.add_value_length(head)
+    angles = rope(config)
+    assert angles is not None
+    writer.add_rope_dimension_count(int(head * angles.get("partial_rotary_factor", 1.0)))
+    writer.add_rope_freq_base(angles["rope_theta"])
+    if config.model_type == "phi3":
+        writer.add_rope_scaling_orig_ctx_len(config.original_max_position_embeddings)
+    if angles["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf_package().RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(angles["factor"])
+
+
+def rope(config: Any) -> dict[str, Any] | None:
+    """The parameters of the rotary angles; a UserError for kinds that are not written."""
+    if config.model_type == "gpt2":
+        return None
+    parameters = config.rope_parameters
+    if parameters["rope_type"] not in ("default", "linear", "llama3"):
+        raise UserError(f"gguf export knows default, linear and llama3 ropes, not {parameters['rope_type']}")
+    return parameters
+
+
+def rope_factors(config: Any) -> np.ndarray | None:
+    """llama3: by how much each angle is divided, (head / 2,).
+
+    Wavelengths below original / high_freq_factor stay, those above original / low_freq_factor are stretched by `factor`, between
+    the two the frequencies are mixed.
+    """
+    p = rope(config)
+    if p is None or p["rope_type"] != "llama3":
+        return None
+    size = head_size(config)
+    wavelength = 2 * np.pi * p["rope_theta"] ** (np.arange(0, size, 2, dtype=np.float64) / size)
+    original, low, high = p["original_max_position_embeddings"], p["low_freq_factor"], p["high_freq_factor"]
+    smooth = np.clip((original / wavelength - low) / (high - low), 0, 1)
+    return (1 / ((1 - smooth) / p["factor"] + smooth)).astype(np.float32)
+
+
+GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+
+
+def split_by(regex: str) -> dict[str, Any]:
+    """A pre-tokenizer that isolates the matches of a pattern."""
+    return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+
+
+PRE_TOKENIZERS = {  # tokenizer.ggml.pre -> the steps in tokenizer.json
+    "gpt-2": [GPT2],
+    "smollm": [{"type": "Digits", "individual_digits": True}, GPT2],
+    "llama-bpe": [split_by(LLAMA3), BYTES],
+    "qwen2": [split_by(QWEN2), BYTES],
+}
+
+
+def pre_tokenizer(spec: dict[str, Any]) -> str:
+    """llama.cpp's name of the way tokenizer.json splits text into words; a UserError if it has none we know.
+
+    llama.cpp's own converter knows the vocabularies of published models by hash; the steps are what it stands for, and
+    survive a new vocabulary.
+    """
+    steps = spec["pre_tokenizer"] or {}
+    steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
+    plain = [{k: v for k, v in step.items() if k != "trim_offsets"} for step in steps]
+    for name, known in PRE_TOKENIZERS.items():
+        if plain == known:
+            return name
+    kinds = " + ".join(str(s.get("type")) for s in plain)
+    raise UserError(
+        f"gguf export knows the pre-tokenizers of {', '.join(PRE_TOKENIZERS)}; this tokenizer splits by {kinds} with other options"
+    )
+
+
+def add_tokenizer(writer: Any, tokenizer: Any, vocabulary: int) -> None:
+    """A byte-level BPE from tokenizer.json."""
+    if not tokenizer.is_fast:
+        raise UserError("gguf export reads tokenizer.json, and this tokenizer has none")
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = spec["model"]
+    if model["type"] != "BPE" or model.get("byte_fallback"):
+        kind = "a sentencepiece BPE" if model["type"] == "BPE" else model["type"]
+        raise UserError(f"gguf export knows byte-level BPE tokenizers; this one is {kind}")
+    if spec["normalizer"] not in (None, {"type": "NFC"}):
+        raise UserError(
+            f"gguf export knows tokenizers that leave the text as it is; this one has a {spec['normalizer']['type']} normalizer"
+        )
+    types = gguf_package().TokenType
+    tokens = {i: (t, types.NORMAL) for t, i in model["vocab"].items()}
+    for added in spec["added_tokens"]:
+        tokens[added["id"]] = (added["content"], types.CONTROL if added["special"] else types.USER_DEFINED)
+    if max(tokens) >= vocabulary:
+        raise UserError(f"the tokenizer has {max(tokens) + 1} tokens, the model {vocabulary}")
+    listed = [tokens.get(i, (f"[PAD{i}]", types.UNUSED)) for i in range(vocabulary)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre_tokenizer(spec))
+    writer.add_token_list([t for t, _ in listed])
+    writer.add_token_types([k for _, k in listed])
+    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in model["merges"]])
+    ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "unk": tokenizer.unk_token_id, "pad": tokenizer.pad_token_id}
+    add = {"bos": writer.add_bos_token_id, "eos": writer.add_eos_token_id, "unk": writer.add_unk_token_id, "pad": writer.add_pad_token_id}
+    for name, i in ids.items():
+        if i is not None:
+            add[name](i)
+    around = tokenizer("")["input_ids"]  # what it puts around every text
+    writer.add_add_bos_token(ids["bos"] is not None and around[:1] == [ids["bos"]])
+    writer.add_add_eos_token(ids["eos"] is not None and len(around) > 1 and around[-1] == ids["eos"])
+    writer.add_add_space_prefix(False)
+    if tokenizer.chat_template:
+        template = tokenizer.chat_template
+        writer.add_chat_template(template if isinstance(template, str) else [{"name": n, "template": t} for n, t in template.items()])
+
+
+def nearest_q8(value: Tensor) -> np.ndarray:
+    """Rows rounded to q8_0, (rows, bytes)."""
+    package = gguf_package()
+    return package.quants.quantize(value.float().numpy(), package.GGMLQuantizationType.Q8_0)
+
+
+def finite16(value: Tensor, name: str) -> np.ndarray:
+    """float16, which must not overflow."""
+    stored = value.half()
+    if not bool(stored.isfinite().all()):
+        raise UserError(f"{name} holds NaN or values beyond float16")
+    return stored.numpy()
+
+
+def head_size(config: Any) -> int:
+    """Columns of one head."""
+    return config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads
+
+
+def kv_heads(config: Any) -> int:
+    """Key/value heads."""
+    return config.to_dict().get("num_key_value_heads") or config.num_attention_heads
+
+
+def family_of(model: PreTrainedModel) -> Family:
+    """The table's row for a model."""
+    kind = model.config.model_type
+    if kind not in FAMILIES:
+        raise UserError(f"gguf export does not know '{kind}' models; it knows {', '.join(FAMILIES)}")
+    return FAMILIES[kind]
+
+
+def gguf_package() -> Any:
+    """The library that writes the container."""
+    try:
+        import gguf
+        import gguf.quants
+    except ImportError as error:
+        raise UserError("GGUF files need the package gguf: pip install smidgen[gguf]") from error
+    return gguf
