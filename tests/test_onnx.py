@@ -186,6 +186,20 @@ def test_values_of_a_block_win_over_the_checkpoints(qwen2, test_tokens, tmp_path
     assert_same_logits(tmp_path / "artifact", expected, test_tokens[:9])
 
 
+def test_layers_may_have_bits_of_their_own(tiny_llama, test_tokens, tmp_path):
+    checkpoint, whole = Checkpoint(tiny_llama, "tiny"), load_model(tiny_llama, torch.float32, CPU)
+    by_bits = [solved(whole, Grid(bits, 32)) for bits in (2, 4, 8)]
+    weights = {name: by_bits[i % 3][name] for i, name in enumerate(by_bits[0])}
+    (tmp_path / "artifact").mkdir()
+    exporter = Onnx(tmp_path / "artifact", checkpoint, checkpoint.skeleton(CPU))
+    for i, block in enumerate(whole.model.layers):
+        exporter.add({n: q for n, q in weights.items() if f".layers.{i}." in n}, block, f"model.layers.{i}")
+    exporter.finish()
+    found = read(tmp_path / "artifact")
+    assert all(found[n].grid == q.grid and torch.equal(found[n].codes, q.codes) for n, q in weights.items())
+    assert_same_logits(tmp_path / "artifact", reference(tiny_llama, weights, test_tokens[:9]), test_tokens[:9])
+
+
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 
@@ -366,6 +380,23 @@ def test_a_foreign_onnx_file_is_refused(artifact):
         read(artifact)
     with pytest.raises(UserError, match="not a decoder with a cache"):
         OnnxRuntime.open(artifact)
+
+
+def test_codes_beyond_their_grid_are_refused(tiny_llama, tmp_path):
+    export(tiny_llama, tmp_path / "artifact", Grid(3, 32))
+    data = tmp_path / "artifact" / "model.onnx.data"
+    data.write_bytes(b"\xff" * data.stat().st_size)
+    with pytest.raises(UserError, match="q_proj does not fit its grid of 3 bits"):
+        read(tmp_path / "artifact")
+
+
+def test_missing_packages_are_named_with_their_extra(artifact, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(UserError, match=r"package onnxruntime: pip install smidgen\[onnx\]"):
+        OnnxRuntime.open(artifact)
+    monkeypatch.setitem(sys.modules, "onnx_ir", None)
+    with pytest.raises(UserError, match=r"package onnx_ir: pip install smidgen\[onnx\]"):
+        read(artifact)
 
 
 @pytest.mark.parametrize("file", ["genai_config.json", "tokenizer.json"])

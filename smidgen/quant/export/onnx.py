@@ -370,7 +370,7 @@ class Decoder:
 
 
 def window(config: Any, attention: Any) -> int:
-    """Tokens before the current one that a layer sees, or -1: all. ONNX Runtime counts like transformers, the current one included."""
+    """Tokens that a layer sees, the current one included, or -1: all. ONNX Runtime and transformers count alike."""
     if config.model_type == "llama":
         return -1
     size = config.sliding_window if config.model_type == "mistral" else attention.sliding_window
