@@ -1,0 +1,486 @@
+"""ONNX with four- and eight-bit weights: loaded by ONNX Runtime and onnxruntime-genai, on processors, phones and GPUs.
+
+Written are `model.onnx` (the graph), `model.onnx.data` (every tensor), the tokenizer and `genai_config.json`. The graph is
+the decoder that onnxruntime-genai's own builder draws, which is why both programs run it:
+
+    input_ids, attention_mask (batch, length so far), past_key_values.N.key/value   ->   logits, present.N.key/value
+
+Norms, attention with its cache and the quantized layers are ONNX Runtime's contributed operators; the rest is standard.
+Activations are float32 (accuracy_level 1), so logits differ from the dequantized model's only by the order of sums.
+
+A quantized layer is one MatMulNBits node, named as the layer. Per layer, shape (out, in), `f` bits a field:
+
+    B             uint8 (out, groups, group f / 8)       codes
+    scales        float32 (out, groups)
+    zero_points   uint8 (out, ceil(groups f / 8))        left out where all are 2^(f-1), the operator's default
+
+Fields lie low bits first, rows start on a byte, and unused bits are 0. Four-bit codes 1, 2, 3 of one row:
+
+    bit      0 1 2 3   4 5 6 7   8 9 ...
+    code     1 . . .   2 . . .   3 . . .         bytes 0x21 0x03
+
+The operator's fields have 4 or 8 bits: codes of 2 and 3 bits lie in 4-bit fields, of 5 to 7 in 8-bit ones, unchanged and
+with their own zero points, hence exact but larger. (It has 2-bit fields too, but ONNX Runtime 1.31 then unpacks
+the whole matrix for every token: 100 times slower on a processor.) What the layer's own grid is stands in the node's metadata.
+
+Tensors go to the data file while blocks are being solved; the graph, which alone makes the folder a model, comes last.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from smidgen.errors import UserError
+from smidgen.grid import Grid, QWeight
+from smidgen.quant.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")  # same blocks; what differs is asked of the model
+BLOCKS = (16, 32, 64, 128, 256)  # groups that MatMulNBits takes
+FIELDS = (4, 8)
+ROPES = ("default", "linear", "llama3", "yarn")  # whose frequencies do not depend on the text's length
+GRID = "smidgen.grid"  # metadata key of a quantized node
+GRAPH, DATA = "model.onnx", "model.onnx.data"
+PAGE = 4096  # large tensors start at multiples of it, so that a runtime can map them
+CONTRIBUTED = "com.microsoft"
+
+
+@dataclass
+class Onnx:
+    """Writes one model into `folder`: `add` per block, then `finish`."""
+
+    folder: Path
+    checkpoint: Checkpoint
+    model: PreTrainedModel
+    "The skeleton: says which parameters exist, and how the blocks compute."
+    tensors: "dict[str, ir.ExternalTensor]" = field(default_factory=dict)
+    "What the data file holds so far, by the name in the graph."
+    grids: dict[str, Grid] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _library()
+        self.checkpoint.tokenizer().save_pretrained(self.folder)
+        if not (self.folder / "tokenizer.json").is_file():
+            raise UserError(f"{self.checkpoint.folder}: its tokenizer has no tokenizer.json form, which ONNX runtimes read")
+        (self.folder / DATA).touch()
+
+    @staticmethod
+    def check(model: PreTrainedModel, layers: list[str], grid: Grid) -> None:
+        """Raises a UserError before any work if the format cannot hold these layers on this grid."""
+        _library()
+        config: Any = model.config
+        if config.model_type not in FAMILIES:
+            raise UserError(f"ONNX export knows {', '.join(FAMILIES)} models, not '{config.model_type}'; use --export compressed-tensors")
+        if config.hidden_act != "silu":
+            raise UserError(
+                f"ONNX export knows the activation silu only, the model has {config.hidden_act}; use --export compressed-tensors"
+            )
+        rotary: Any = model.get_submodule("model.rotary_emb")
+        first: Any = model.get_submodule("model.layers.0.self_attn")
+        if rotary.rope_type not in ROPES or 2 * rotary.inv_freq.numel() != first.head_dim:
+            raise UserError(
+                f"ONNX export knows rotary angles of whole heads ({', '.join(ROPES)}), not this model's {rotary.rope_type}; "
+                "use --export compressed-tensors"
+            )
+        widths = []
+        for name in layers:
+            layer = model.get_submodule(name)
+            if not isinstance(layer, nn.Linear):
+                raise UserError(f"ONNX export holds Linear layers only, {name} is a {type(layer).__name__}; use --export none")
+            widths.append(layer.in_features)
+        if grid.group not in BLOCKS or any(width % grid.group for width in widths):
+            fitting = [b for b in BLOCKS if not any(width % b for width in widths)]
+            if not fitting:
+                raise UserError(f"ONNX export needs groups of 16 to 256 (a power of two), and none divides rows of {min(widths)} weights")
+            wanted = grid.group or 128  # a scale per row: the usual group is near enough
+            nearest = min(fitting, key=lambda b: abs(b - wanted))
+            raise UserError(f"ONNX has no --group {'none' if grid.group is None else grid.group} for this model; use --group {nearest}")
+
+    def add(self, weights: dict[str, QWeight], module: nn.Module, path: str) -> None:
+        """Takes a block: its quantized layers by full name, and through `module` at `path` its norms and biases."""
+        for name, q in weights.items():
+            self.grids[name] = q.grid
+            for part, array in packed(q).items():
+                self._store(f"{name}.{part}", array)
+        others = {n: p for n, p in ((f"{path}.{n}", p) for n, p in module.named_parameters()) if n.removesuffix(".weight") not in weights}
+        read = self.checkpoint.read(n for n, p in others.items() if p.is_meta)
+        for name, parameter in others.items():
+            self._store(name, vector(read.get(name, parameter)))
+
+    def finish(self) -> None:
+        """Writes what belongs to no block, onnxruntime-genai's configuration and the graph."""
+        import onnx_ir as ir
+
+        tied = self.model.all_tied_weights_keys
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            if name not in tied:
+                self._store(name, matrix(self.checkpoint.read([name])[name], name))
+        self._store("model.norm.weight", vector(self.checkpoint.read(["model.norm.weight"])["model.norm.weight"]))
+        cos, sin = self._angles()
+        self._store("cos_cache", cos)
+        self._store("sin_cache", sin)
+        (self.folder / "genai_config.json").write_text(json.dumps(self._genai_config(), indent=1))
+        graph = Decoder(self.model, self.tensors, self.grids).graph()
+        ir.save(ir.Model(graph, ir_version=10, producer_name="smidgen"), self.folder / GRAPH)
+
+    def _store(self, name: str, array: np.ndarray) -> None:
+        """Appends a tensor to the data file."""
+        import onnx_ir as ir
+
+        with (self.folder / DATA).open("ab") as file:
+            start = -(-file.tell() // PAGE) * PAGE if array.nbytes >= PAGE else -(-file.tell() // 64) * 64
+            file.write(b"\0" * (start - file.tell()))
+            file.write(np.ascontiguousarray(array).data)
+        dtype = ir.DataType.from_numpy(array.dtype)
+        self.tensors[name] = ir.ExternalTensor(
+            DATA, start, array.nbytes, dtype, shape=ir.Shape(array.shape), name=name, base_dir=self.folder
+        )
+
+    def _angles(self) -> tuple[np.ndarray, np.ndarray]:
+        """Cosines and sines of every position, (positions, head / 2), as the model computes them."""
+        rotary: Any = self.model.get_submodule("model.rotary_emb")
+        positions = torch.arange(self.model.config.max_position_embeddings, dtype=torch.float32)
+        angles = positions[:, None] * rotary.inv_freq.to("cpu", torch.float32)
+        return (angles.cos() * rotary.attention_scaling).numpy(), (angles.sin() * rotary.attention_scaling).numpy()
+
+    def _genai_config(self) -> dict[str, Any]:
+        config: Any = self.model.config
+        attention: Any = self.model.get_submodule("model.layers.0.self_attn")
+        generation: Any = self.model.generation_config or config
+        end = config.eos_token_id if generation.eos_token_id is None else generation.eos_token_id
+        if end is None:
+            raise UserError(f"{self.checkpoint.folder}: config.json has no eos_token_id, which onnxruntime-genai needs")
+        first = end[0] if isinstance(end, list) else end
+        layers, context = config.num_hidden_layers, config.max_position_embeddings
+        return {
+            "model": {
+                "type": config.model_type,
+                "bos_token_id": first if config.bos_token_id is None else config.bos_token_id,
+                "eos_token_id": end,
+                "pad_token_id": first if config.pad_token_id is None else config.pad_token_id,
+                "context_length": context,
+                "vocab_size": config.vocab_size,
+                "decoder": {
+                    "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                    "filename": GRAPH,
+                    "head_size": attention.head_dim,
+                    "hidden_size": config.hidden_size,
+                    "num_attention_heads": config.num_attention_heads,
+                    "num_hidden_layers": layers,
+                    "num_key_value_heads": config.num_key_value_heads,
+                    "inputs": {
+                        "input_ids": "input_ids",
+                        "attention_mask": "attention_mask",
+                        "past_key_names": "past_key_values.%d.key",
+                        "past_value_names": "past_key_values.%d.value",
+                    },
+                    "outputs": {"logits": "logits", "present_key_names": "present.%d.key", "present_value_names": "present.%d.value"},
+                },
+            },
+            "search": {"do_sample": False, "max_length": context, "min_length": 0, "num_beams": 1, "past_present_share_buffer": True},
+        }
+
+
+class Decoder:
+    """Draws the graph of a model whose tensors are in the data file.
+
+    Values carry the names of what computes them in `transformers`, so a profile of the graph reads like the model.
+    """
+
+    def __init__(self, model: PreTrainedModel, tensors: "dict[str, ir.ExternalTensor]", grids: dict[str, Grid]) -> None:
+        import onnx_ir as ir
+
+        self.ir = ir
+        self.config: Any = model.config
+        self.decoder: Any = model.get_submodule("model")
+        self.tied = "lm_head.weight" in model.all_tied_weights_keys
+        self.tensors, self.grids = tensors, grids
+        self.nodes: list[ir.Node] = []
+        self.values: dict[str, ir.Value] = {}  # initializers used so far
+
+    def graph(self) -> "ir.Graph":
+        """Embedding, blocks, norm, head."""
+        ir = self.ir
+        config, layers = self.config, len(self.decoder.layers)
+        ids = self._value("input_ids", ir.DataType.INT64, ["batch", "length"])
+        mask = self._value("attention_mask", ir.DataType.INT64, ["batch", "total"])
+        pasts, presents = self._caches("past_key_values", "past", layers), self._caches("present", "present", layers)
+        self.lengths = self._lengths(mask)
+        embedded = self._op("model.embed_tokens", "Gather", [self._initializer("model.embed_tokens.weight"), ids])
+        residual = self._float("model.embed_tokens.float", embedded, "model.embed_tokens.weight")
+        x = self._norm("model.layers.0.input_layernorm", residual)
+        for i in range(layers):
+            path = f"model.layers.{i}"
+            attended = self._attention(f"{path}.self_attn", self.decoder.layers[i].self_attn, i, x, pasts[i], presents[i])
+            x, residual = self._add_and_norm(f"{path}.post_attention_layernorm", attended, residual)
+            after = f"model.layers.{i + 1}.input_layernorm" if i + 1 < layers else "model.norm"
+            x, residual = self._add_and_norm(after, self._mlp(f"{path}.mlp", x), residual)
+        logits = self._head(x, ids)
+        return ir.Graph(
+            [ids, mask, *(v for pair in pasts for v in pair)],
+            [logits, *(v for pair in presents for v in pair)],
+            nodes=self.nodes,
+            initializers=list(self.values.values()),
+            opset_imports={"": 21, CONTRIBUTED: 1},
+            name=config.model_type,
+        )
+
+    def _caches(self, name: str, length: str, layers: int) -> "list[list[ir.Value]]":
+        """Keys and values of every layer, (batch, heads, `length`, head)."""
+        shape = ["batch", self.config.num_key_value_heads, length, self.decoder.layers[0].self_attn.head_dim]
+        return [[self._value(f"{name}.{i}.{kind}", self.ir.DataType.FLOAT, shape) for kind in ("key", "value")] for i in range(layers)]
+
+    def _lengths(self, mask: "ir.Value") -> "list[ir.Value]":
+        """What attention asks of the mask: every text's last position (batch,), and how many there are in all, a number."""
+        counted = self._op("tokens", "ReduceSum", [mask, self._integers("axis", [1])], keepdims=0)
+        last = self._op("last", "Sub", [counted, self._integers("one", 1)])
+        total = self._op("total", "Gather", [self._op("mask.shape", "Shape", [mask]), self._integers("one", 1)])
+        int32 = self.ir.DataType.INT32
+        return [self._op("last.int32", "Cast", [last], to=int32), self._op("total.int32", "Cast", [total], to=int32)]
+
+    def _attention(
+        self, path: str, module: Any, layer: int, x: "ir.Value", past: "list[ir.Value]", present: "list[ir.Value]"
+    ) -> "ir.Value":
+        """(batch, length, width), through the cache."""
+        config = self.config
+        q, k, v = (self._linear(f"{path}.{n}", x) for n in ("q_proj", "k_proj", "v_proj"))
+        if config.model_type == "qwen3":
+            q, k = (self._head_norm(f"{path}.{n}", value, module.head_dim) for n, value in (("q_norm", q), ("k_norm", k)))
+        rotary = config.model_type != "smollm3" or bool(config.no_rope_layers[layer])
+        angles = [self._initializer("cos_cache"), self._initializer("sin_cache")] if rotary else []
+        attended = self.ir.Value(name=path)
+        self._node(
+            path,
+            "GroupQueryAttention",
+            [q, k, v, *past, *self.lengths, *angles],
+            [attended, *present],
+            num_heads=config.num_attention_heads,
+            kv_num_heads=config.num_key_value_heads,
+            scale=float(module.scaling),
+            do_rotary=int(rotary),
+            local_window_size=window(config, module),
+        )
+        return self._linear(f"{path}.o_proj", attended)
+
+    def _mlp(self, path: str, x: "ir.Value") -> "ir.Value":
+        """SwiGLU: down(silu(gate x) * up x)."""
+        gate, up = self._linear(f"{path}.gate_proj", x), self._linear(f"{path}.up_proj", x)
+        silu = self._op(f"{path}.act_fn", "Mul", [gate, self._op(f"{path}.sigmoid", "Sigmoid", [gate])])
+        return self._linear(f"{path}.down_proj", self._op(f"{path}.product", "Mul", [silu, up]))
+
+    def _linear(self, name: str, x: "ir.Value") -> "ir.Value":
+        """A quantized layer, and its bias if there is one."""
+        rows, groups, _ = self.tensors[f"{name}.B"].shape.numpy()
+        grid = self.grids[name]
+        product = self.ir.Value(name=name)
+        node = self._node(
+            name,
+            "MatMulNBits",
+            [x, *(self._initializer(f"{name}.{p}") for p in ("B", "scales", "zero_points") if f"{name}.{p}" in self.tensors)],
+            [product],
+            N=rows,
+            K=groups * block(grid),
+            bits=width(grid.bits),
+            block_size=block(grid),
+            accuracy_level=1,
+        )
+        node.metadata_props[GRID] = json.dumps(asdict(grid))
+        bias = f"{name}.bias"
+        return self._op(f"{name}.sum", "Add", [product, self._initializer(bias)]) if bias in self.tensors else product
+
+    def _norm(self, name: str, x: "ir.Value") -> "ir.Value":
+        weight = self._initializer(f"{name}.weight")
+        return self._op(name, "SimplifiedLayerNormalization", [x, weight], axis=-1, epsilon=float(self.config.rms_norm_eps))
+
+    def _head_norm(self, name: str, x: "ir.Value", head: int) -> "ir.Value":
+        """Every head's queries or keys normed on their own."""
+        split = self._op(f"{name}.split", "Reshape", [x, self._integers("split", [0, 0, -1, head])])
+        return self._op(f"{name}.joined", "Reshape", [self._norm(name, split), self._integers("joined", [0, 0, -1])])
+
+    def _add_and_norm(self, name: str, x: "ir.Value", residual: "ir.Value") -> "tuple[ir.Value, ir.Value]":
+        """The norm of the sum, and the sum."""
+        normed, total = self.ir.Value(name=name), self.ir.Value(name=f"{name}.residual")
+        unused = [self.ir.Value(name=""), self.ir.Value(name="")]
+        self._node(
+            name,
+            "SkipSimplifiedLayerNormalization",
+            [x, residual, self._initializer(f"{name}.weight")],
+            [normed, *unused, total],
+            epsilon=float(self.config.rms_norm_eps),
+        )
+        return normed, total
+
+    def _head(self, x: "ir.Value", ids: "ir.Value") -> "ir.Value":
+        """float32 logits (batch, length, vocab). Gemm takes the matrix as it is stored, so a tied one is stored once."""
+        name = "model.embed_tokens.weight" if self.tied else "lm_head.weight"
+        flat = self._op("lm_head.input", "Reshape", [x, self._integers("flat", [-1, self.config.hidden_size])])
+        matrix = self._float("lm_head.weight.float", self._initializer(name), name)
+        product = self._op("lm_head", "Gemm", [flat, matrix], transB=1)
+        vocabulary = self._integers("vocabulary", [self.config.vocab_size])
+        shape = self._op("logits.shape", "Concat", [self._op("input_ids.shape", "Shape", [ids]), vocabulary], axis=0)
+        logits = self._value("logits", self.ir.DataType.FLOAT, ["batch", "length", self.config.vocab_size])
+        self._node("logits", "Reshape", [product, shape], [logits])
+        return logits
+
+    def _float(self, name: str, x: "ir.Value", source: str) -> "ir.Value":
+        """`x`, which is of the type of the tensor `source`, as float32."""
+        float32 = self.ir.DataType.FLOAT
+        return x if self.tensors[source].dtype == float32 else self._op(name, "Cast", [x], to=float32)
+
+    def _value(self, name: str, dtype: "ir.DataType", shape: "list[int | str]") -> "ir.Value":
+        """An input or output of the graph."""
+        return self.ir.Value(name=name, type=self.ir.TensorType(dtype), shape=self.ir.Shape(shape))
+
+    def _initializer(self, name: str) -> "ir.Value":
+        """A tensor of the data file."""
+        if name not in self.values:
+            tensor = self.tensors[name]
+            self.values[name] = self.ir.Value(name=name, type=self.ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+        return self.values[name]
+
+    def _integers(self, name: str, numbers: int | list[int]) -> "ir.Value":
+        """A constant in the graph itself."""
+        name = f"constant.{name}"
+        if name not in self.values:
+            tensor = self.ir.Tensor(np.array(numbers, np.int64), name=name)
+            self.values[name] = self.ir.Value(name=name, type=self.ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+        return self.values[name]
+
+    def _op(self, name: str, kind: str, inputs: "Sequence[ir.Value]", **attributes: Any) -> "ir.Value":
+        """A node with one output, which bears its name."""
+        output = self.ir.Value(name=name)
+        self._node(name, kind, inputs, [output], **attributes)
+        return output
+
+    def _node(self, name: str, kind: str, inputs: "Sequence[ir.Value]", outputs: "Sequence[ir.Value]", **attributes: Any) -> "ir.Node":
+        contributed = kind in ("MatMulNBits", "GroupQueryAttention", "SkipSimplifiedLayerNormalization")
+        parameters = [self.ir.AttrInt64(k, int(v)) if isinstance(v, int) else self.ir.AttrFloat32(k, v) for k, v in attributes.items()]
+        node = self.ir.Node(CONTRIBUTED if contributed else "", kind, inputs, parameters, outputs=outputs, name=name)
+        self.nodes.append(node)
+        return node
+
+
+def window(config: Any, attention: Any) -> int:
+    """Tokens that a layer sees, the current one included, or -1: all. ONNX Runtime and transformers count alike."""
+    if config.model_type == "llama":
+        return -1
+    size = config.sliding_window if config.model_type == "mistral" else attention.sliding_window
+    return -1 if size is None else size
+
+
+def block(grid: Grid) -> int:
+    """Columns per scale; `check` let no other grid pass."""
+    if grid.group not in BLOCKS:
+        raise UserError(f"ONNX has no --group {'none' if grid.group is None else grid.group}; use one of {', '.join(map(str, BLOCKS))}")
+    return grid.group
+
+
+def width(bits: int) -> int:
+    """Bits of the field that holds a code.
+
+    >>> [width(b) for b in (2, 3, 4, 5, 8)]
+    [4, 4, 4, 8, 8]
+    """
+    return next(f for f in FIELDS if f >= bits)
+
+
+def packed(q: QWeight) -> dict[str, np.ndarray]:
+    """The tensors of one layer."""
+    f = width(q.grid.bits)
+    rows, columns = q.codes.shape
+    size = block(q.grid)
+    codes = q.codes.cpu().numpy().reshape(rows, columns // size, size)
+    tensors = {"B": fields(codes, f), "scales": q.scale.to("cpu", torch.float32).numpy()}
+    zero = q.zero.to("cpu", torch.uint8).numpy()
+    if not (zero == 2 ** (f - 1)).all():
+        tensors["zero_points"] = fields(zero, f)
+    return tensors
+
+
+def fields(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Codes (..., n) as bytes (..., ceil(n bits / 8)), low bits first.
+
+    >>> fields(np.array([1, 2, 3], np.uint8), 4).tolist()
+    [33, 3]
+    """
+    per = 8 // bits
+    padded = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, -codes.shape[-1] % per)])
+    packs = padded.reshape(*codes.shape[:-1], -1, per) << np.arange(0, 8, bits, dtype=np.uint8)
+    return np.bitwise_or.reduce(packs, -1)
+
+
+def codes_of(packs: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """The first `count` codes of every row of bytes; the opposite of `fields`."""
+    codes = packs[..., None] >> np.arange(0, 8, bits, dtype=np.uint8) & (2**bits - 1)
+    return codes.reshape(*packs.shape[:-1], -1)[..., :count].astype(np.uint8)
+
+
+def vector(value: Tensor) -> np.ndarray:
+    """A norm's weights or a bias, float32."""
+    return value.detach().to("cpu", torch.float32).numpy()
+
+
+def matrix(value: Tensor, name: str) -> np.ndarray:
+    """An embedding or head in the checkpoint's own type; bfloat16, which runtimes on processors lack, as float16."""
+    if value.dtype == torch.bfloat16:
+        if not bool((value.abs() <= torch.finfo(torch.float16).max).all()):
+            raise UserError(f"{name} holds NaN or values beyond float16")
+        value = value.half()
+    return value.cpu().numpy()
+
+
+def read(folder: Path) -> dict[str, QWeight]:
+    """The quantized layers of an artifact, by their names in the model."""
+    ir = _library()
+    from google.protobuf.message import DecodeError
+
+    if not (folder / GRAPH).is_file() or not (folder / DATA).is_file():
+        raise UserError(f"{folder} is not an ONNX artifact: it needs {GRAPH} and {DATA}")
+    try:
+        graph = ir.load(folder / GRAPH).graph
+    except (DecodeError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / GRAPH} is not a readable ONNX file: {' '.join(str(error).split())}") from error
+    nodes = [n for n in graph if n.op_type == "MatMulNBits" and GRID in n.metadata_props]
+    if not nodes:
+        raise UserError(f"{folder / GRAPH} has no layers that smidgen quantized")
+    size = (folder / DATA).stat().st_size
+    for name, value in graph.initializers.items():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor) and (tensor.offset or 0) + (tensor.length or 0) > size:
+            raise UserError(f"{folder / DATA} is cut off before the end of {name}; export the model again")
+    return {str(node.name): read_layer(node, folder) for node in nodes}
+
+
+def read_layer(node: "ir.Node", folder: Path) -> QWeight:
+    """One quantized layer."""
+    try:
+        grid = Grid(**json.loads(node.metadata_props[GRID]))
+        parts = [v.const_value.numpy() for v in node.inputs[1:] if v is not None and v.const_value is not None]
+        f, columns, size = (node.attributes[k].as_int() for k in ("bits", "K", "block_size"))
+        codes = codes_of(parts[0], f, size).reshape(-1, columns)
+        scale = torch.from_numpy(parts[1].copy())
+        groups = columns // size
+        zero = codes_of(parts[2], f, groups) if len(parts) > 2 else np.full(scale.shape, 2 ** (f - 1), np.uint8)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise UserError(f"{folder / GRAPH}: {node.name} is damaged: {error}") from error
+    if codes.max() > grid.top or zero.max() > grid.top or scale.shape != (len(codes), groups) or zero.shape != scale.shape:
+        raise UserError(f"{folder / DATA}: {node.name} does not fit its grid of {grid.bits} bits; export the model again")
+    return QWeight(torch.from_numpy(codes), scale, torch.from_numpy(zero).to(scale.dtype), grid)
+
+
+def _library() -> Any:
+    """onnx_ir, which writes the graph."""
+    try:
+        import onnx_ir
+    except ImportError as error:
+        raise UserError("ONNX export needs the package onnx_ir: pip install smidgen[onnx]") from error
+    return onnx_ir

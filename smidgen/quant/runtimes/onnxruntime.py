@@ -1,0 +1,117 @@
+"""ONNX artifacts in ONNX Runtime, on a processor: needs onnxruntime and tokenizers, neither torch nor transformers.
+
+Keys and values stay in buffers made once, which attention reads and appends to in place: binding the same buffer as `past` and
+`present` spares copying the whole cache for every token. Texts are read in pieces, so that a prompt needs the
+logits of one piece at a time and not of every token times every word.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, Int
+
+from smidgen.errors import UserError
+
+PIECE = 128  # tokens read at once
+FILES = ("model.onnx", "model.onnx.data", "genai_config.json", "tokenizer.json")
+
+
+class OnnxRuntime:
+    """One loaded model."""
+
+    def __init__(self, session: Any, tokenizer: Any, length: int, end: set[int], name: str) -> None:
+        from onnxruntime import OrtValue
+
+        self.session, self.tokenizer, self.length, self.end, self.name = session, tokenizer, length, end, name
+        self.vocabulary = session.get_outputs()[0].shape[2]
+        self.binding = session.io_binding()
+        pasts = [i for i in session.get_inputs() if i.name.startswith("past_key_values.")]
+        for past in pasts:
+            _, heads, _, head = past.shape
+            cache = OrtValue.ortvalue_from_numpy(np.zeros((1, heads, length, head), np.float32))
+            self.binding.bind_ortvalue_input(past.name, cache)
+            self.binding.bind_ortvalue_output(past.name.replace("past_key_values", "present"), cache)
+        self.used = 0  # tokens in the cache
+
+    @classmethod
+    def open(cls, artifact: Path, length: int = 1024, threads: int | None = None) -> "OnnxRuntime":
+        """Loads a folder, or the graph in it, for up to `length` tokens or as many as the model has positions."""
+        try:
+            import onnxruntime
+            from tokenizers import Tokenizer
+        except ImportError as error:
+            raise UserError(f"running ONNX artifacts needs the package {error.name}: pip install smidgen[onnx]") from error
+        artifact = artifact.parent if artifact.is_file() else artifact
+        missing = [f for f in FILES if not (artifact / f).is_file()]
+        if missing:
+            raise UserError(f"{artifact} is not an ONNX artifact: {missing[0]} is missing")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors only; they are raised as well
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        try:
+            config = json.loads((artifact / "genai_config.json").read_text())["model"]
+            context, end = config["context_length"], config["eos_token_id"]
+            tokenizer = Tokenizer.from_file(str(artifact / "tokenizer.json"))
+            session = onnxruntime.InferenceSession(artifact / "model.onnx", options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # tokenizers raises Exception itself, onnxruntime a dozen unrelated types for damaged files
+            raise UserError(f"{artifact} is damaged or no model of ours: {' '.join(str(error).split())[:200]}") from error
+        names = [value.name for value in [*session.get_inputs(), *session.get_outputs()[:1]]]
+        if names[:3] != ["input_ids", "attention_mask", "past_key_values.0.key"] or names[-1] != "logits":
+            raise UserError(f"{artifact} is a model with inputs {', '.join(names[:3])}..., not a decoder with a cache")
+        ends = set(end if isinstance(end, list) else [end])
+        return cls(session, tokenizer, min(length, context), ends, f"onnxruntime {onnxruntime.__version__}")
+
+    def logits(self, tokens: Int[np.ndarray, "length"]) -> Float32[np.ndarray, "length vocab"]:
+        """Of every position of one text, from an empty cache."""
+        self.used = 0
+        logits = np.empty((len(tokens), self.vocabulary), np.float32)
+        for i in range(0, len(tokens), PIECE):
+            logits[i : i + PIECE] = self._read(tokens[i : i + PIECE])
+        return logits
+
+    def start(self, tokens: Int[np.ndarray, "length"]) -> Float32[np.ndarray, "vocab"]:
+        """Empties the cache, reads a prompt, and returns the logits after its last token."""
+        if len(tokens) == 0:
+            raise UserError("a prompt needs at least one token")
+        self.used = 0
+        for i in range(0, len(tokens), PIECE):
+            logits = self._read(tokens[i : i + PIECE])
+        return logits[-1].copy()  # not a view, which would keep the whole piece
+
+    def step(self, token: int) -> Float32[np.ndarray, "vocab"]:
+        """Reads one more token."""
+        return self._read(np.array([token]))[0]
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text, without special ones."""
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, tokens: list[int]) -> str:
+        """The opposite."""
+        return self.tokenizer.decode(tokens, skip_special_tokens=False)
+
+    def ends(self, token: int) -> bool:
+        """Whether the token ends a text."""
+        return token in self.end
+
+    def close(self) -> None:
+        """Frees weights and cache."""
+        del self.binding, self.session
+
+    def _read(self, tokens: Int[np.ndarray, "length"]) -> Float32[np.ndarray, "length vocab"]:
+        """Appends tokens to the cache; the logits after each."""
+        total = self.used + len(tokens)
+        if total > self.length:
+            raise UserError(f"{total} tokens are more than the {self.length} the model was opened for")
+        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.vocabulary:
+            raise UserError(f"tokens lie between 0 and {self.vocabulary - 1}, got {tokens.min()} to {tokens.max()}")
+        self.binding.bind_cpu_input("input_ids", tokens[None].astype(np.int64))
+        self.binding.bind_cpu_input("attention_mask", np.ones((1, total), np.int64))
+        logits = np.empty((1, len(tokens), self.vocabulary), np.float32)
+        self.binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        self.session.run_with_iobinding(self.binding)
+        self.used = total
+        return logits[0]
