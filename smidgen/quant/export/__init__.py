@@ -6,7 +6,9 @@ from typing import Any, Protocol
 from smidgen.errors import UserError
 from smidgen.grid import Grid, QWeight
 from smidgen.quant.export.compressed_tensors import CompressedTensors
+from smidgen.quant.export.gguf import Gguf
 from smidgen.quant.export.gptq import Gptq
+from smidgen.quant.export.onnx import Onnx
 
 
 class Exporter(Protocol):
@@ -30,7 +32,7 @@ class Exporter(Protocol):
         ...
 
 
-EXPORTERS: dict[str, type[Exporter]] = {"compressed-tensors": CompressedTensors, "gptq": Gptq}
+EXPORTERS: dict[str, type[Exporter]] = {"compressed-tensors": CompressedTensors, "gguf": Gguf, "gptq": Gptq, "onnx": Onnx}
 
 
 def formats(names: str) -> list[str]:

@@ -40,6 +40,7 @@ from transformers import PreTrainedModel
 from smidgen.errors import UserError
 from smidgen.grid import Grid, QWeight
 from smidgen.quant.checkpoint import Checkpoint
+from smidgen.quant.formats import must_be_uniform
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -76,6 +77,7 @@ class Onnx:
     @staticmethod
     def check(model: PreTrainedModel, layers: list[str], grid: Grid) -> None:
         """Raises a UserError before any work if the format cannot hold these layers on this grid."""
+        must_be_uniform(grid, "ONNX files")
         _library()
         config: Any = model.config
         if config.model_type not in FAMILIES:
