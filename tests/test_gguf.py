@@ -182,7 +182,10 @@ def test_llama_cpp_quantizes_a_float_file(wide_llama, test_tokens, tmp_path):
     runtime(float_file).close()
     from smidgen.quant.runtimes.llamacpp import llamacpp_quantize
 
-    llamacpp_quantize(float_file, tmp_path / "plain.gguf", "q4_0")
+    try:
+        llamacpp_quantize(float_file, tmp_path / "plain.gguf", "q4_0")
+    except UserError as error:
+        pytest.skip(str(error))
     weighted = {f"blk.{i}.{n}.weight": np.linspace(1, 1e4, 256) for i in range(2) for n in ("attn_q", "ffn_up")}
     llamacpp_quantize(float_file, tmp_path / "weighted.gguf", "q4_0", weighted)
     plain, other = read(tmp_path / "plain.gguf"), read(tmp_path / "weighted.gguf")

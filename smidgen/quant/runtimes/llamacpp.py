@@ -1,6 +1,7 @@
 """llama.cpp through the wheel llama-cpp-py-sync: its C API, on the processor.
 
-Nothing of the wheel is used but the library and its declarations; its own class keeps no logits of earlier positions. Flash
+Nothing of the wheel is used but the library and its declarations; its own class keeps no logits of earlier positions. Where the
+system is too old for the library (it needs glibc 2.38), the one inside the wheel xllamacpp serves, which cannot quantize. Flash
 attention is off. Most block types multiply weights with inputs rounded to 8 bits (q8_0 or q8_K blocks, made on the fly), so
 logits differ from those of the dequantized weights by what that rounding costs; keys and values are kept as float16.
 
@@ -8,6 +9,7 @@ logits differ from those of the dequantized weights by what that rounding costs;
 """
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,10 @@ class LlamaCpp:
         n = self.lib.llama_detokenize(self.vocabulary, given, len(tokens), text, size, False, True)
         return self.ffi.buffer(text, n)[:].decode(errors="replace")
 
+    def ends(self, token: int) -> bool:
+        """Whether the token ends a text."""
+        return bool(self.lib.llama_vocab_is_eog(self.vocabulary, token))
+
     def close(self) -> None:
         """Frees model and cache; a second call does nothing."""
         if self.model is not None:
@@ -131,7 +137,10 @@ def llamacpp_quantize(source: Path, target: Path, kind: str, imatrix: dict[str, 
     if not source.is_file():
         raise UserError(f"no such file: {source}")
     ffi, lib, _ = library()
-    parameters = ffi.new("llama_model_quantize_params *", lib.llama_model_quantize_default_params())
+    try:
+        parameters = ffi.new("llama_model_quantize_params *", lib.llama_model_quantize_default_params())
+    except AttributeError as error:  # cffi's word for a missing symbol
+        raise UserError("the llama.cpp of xllamacpp cannot quantize; llama-cpp-py-sync's can, on systems with glibc 2.38") from error
     parameters.nthread = threads
     parameters.ftype = FILE_TYPES[kind]
     parameters.output_tensor_type = parameters.token_embedding_type = Q8_0
@@ -161,6 +170,13 @@ def complaint() -> str:
     return said[-1] if said else "it gives no reason"
 
 
+def extension() -> Path | None:
+    """xllamacpp's extension module, which exports most of the same C API; its build must be that of the declarations."""
+    spec = find_spec("xllamacpp")
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()] if spec else []
+    return next((file for folder in folders for file in sorted(folder.glob("xllamacpp*.so"))), None)
+
+
 def library() -> tuple[Any, Any, str]:
     """cffi, the C library with its log silenced, and its name and version."""
     try:
@@ -171,7 +187,12 @@ def library() -> tuple[Any, Any, str]:
     try:
         lib: Any = _cffi_bindings.get_lib()
     except RuntimeError as error:  # its wheels are tagged for old systems, but need glibc 2.38
-        raise UserError(f"llama.cpp cannot be loaded on this system: {str(error).splitlines()[0]}") from error
+        other = extension()
+        if other is None:
+            raise UserError(
+                f"llama.cpp cannot be loaded on this system, pip install smidgen[llamacpp] may help: {str(error).splitlines()[0]}"
+            ) from error
+        lib = ffi.dlopen(str(other))
     if not KEPT:
 
         def log(level: int, text: Any, _: Any) -> None:
