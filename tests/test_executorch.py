@@ -86,7 +86,6 @@ def test_program_holds_the_codes_and_computes_the_logits(tiny_llama, test_tokens
     assert words[-2:] == ["refused", "True"]
 
 
-@needs_executorch
 def test_grids_xnnpack_cannot_hold_are_refused(tiny_llama, monkeypatch):
     monkeypatch.setattr("smidgen.quant.export.executorch.imported", lambda: None)
     model = Checkpoint(tiny_llama, "tiny").skeleton(torch.device("cpu"))

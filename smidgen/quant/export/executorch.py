@@ -114,7 +114,7 @@ class DynamicLinear(nn.Module):
         """The product with the rounded inputs."""
         from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine, dequantize_affine, quantize_affine
 
-        token = (1,) * (x.ndim - 1) + (x.shape[-1],)
+        token: Any = (1,) * (x.ndim - 1) + (x.shape[-1],)
         scale, zero = choose_qparams_affine(x, MappingType.ASYMMETRIC, token, torch.int8, -128, 127, zero_point_dtype=torch.int8)
         rounded = quantize_affine(x, token, scale, zero, torch.int8, -128, 127)
         x = dequantize_affine(rounded, token, scale, zero, torch.int8, -128, 127, output_dtype=torch.float32)
