@@ -112,7 +112,12 @@ class DynamicLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*n in"]) -> Float[Tensor, "*n out"]:
         """The product with the rounded inputs."""
-        from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine, dequantize_affine, quantize_affine
+        from torchao.quantization.quant_primitives import (  # pyright: ignore[reportMissingImports]
+            MappingType,
+            choose_qparams_affine,
+            dequantize_affine,
+            quantize_affine,
+        )
 
         token: Any = (1,) * (x.ndim - 1) + (x.shape[-1],)
         scale, zero = choose_qparams_affine(x, MappingType.ASYMMETRIC, token, torch.int8, -128, 127, zero_point_dtype=torch.int8)
@@ -151,8 +156,8 @@ class Decoder(nn.Module):
 def imported() -> None:
     """A UserError if the packages are not installed."""
     try:
-        import executorch.exir  # noqa: F401
-        import torchao  # noqa: F401
+        import executorch.exir  # pyright: ignore[reportMissingImports]  # noqa: F401
+        import torchao  # pyright: ignore[reportMissingImports]  # noqa: F401
     except ImportError as error:
         raise UserError(f"executorch programs need {error.name}: pip install smidgen[executorch]") from error
 
@@ -161,8 +166,11 @@ def imported() -> None:
 def lowered(decoder: Decoder, length: int, vocabulary: int) -> bytes:
     """The program, its heavy operations handed to XNNPACK."""
     imported()
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackDynamicallyQuantizedPartitioner, XnnpackPartitioner
-    from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import (  # pyright: ignore[reportMissingImports]
+        XnnpackDynamicallyQuantizedPartitioner,
+        XnnpackPartitioner,
+    )
+    from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower  # pyright: ignore[reportMissingImports]
 
     n = torch.export.Dim("n", min=1, max=length)
     example = (torch.zeros(1, 3, dtype=torch.long), torch.arange(3))

@@ -31,7 +31,7 @@ class ExecuTorch:
         try:
             from importlib.metadata import version
 
-            from executorch.runtime import Runtime
+            from executorch.runtime import Runtime  # pyright: ignore[reportMissingImports]
             from tokenizers import Tokenizer
         except ImportError as error:
             raise UserError(f"running .pte files needs {error.name}: pip install smidgen[executorch]") from error
