@@ -1,0 +1,101 @@
+"""ExecuTorch programs, run by its own runtime in a process of its own, whose imports warn."""
+
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from smidgen.errors import UserError
+from smidgen.grid import Grid
+from smidgen.quant.blocks import decoder_list
+from smidgen.quant.checkpoint import Checkpoint
+from smidgen.quant.export.executorch import ExecuTorch
+from smidgen.quant.linear import LINEAR
+
+needs_executorch = pytest.mark.skipif(find_spec("executorch") is None, reason="executorch is not installed")
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+from smidgen.errors import UserError
+from smidgen.grid import Grid
+from smidgen.quant.blocks import decoder_list
+from smidgen.quant.checkpoint import Checkpoint
+from smidgen.quant.export.executorch import DynamicLinear, ExecuTorch
+from smidgen.quant.linear import LINEAR
+from smidgen.quant.runtimes.executorch import ExecuTorch as Runtime
+from smidgen.quant.solvers import RTN
+
+torch.set_num_threads(1)
+folder, source, bits, group = Path("pte"), Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]) or None
+folder.mkdir()
+checkpoint = Checkpoint(source, "tiny")
+model = checkpoint.skeleton(torch.device("cpu"))
+path, blocks = decoder_list(model)
+names = [f"{path}.{i}.{n}" for i, b in enumerate(blocks) for n, m in b.named_modules() if isinstance(m, LINEAR)]
+grid = Grid(bits, group, True, "bfloat16")
+ExecuTorch.check(model, names, grid)
+weights = {n: RTN()(checkpoint.read([f"{n}.weight"])[f"{n}.weight"], None, grid) for n in names}
+exporter = ExecuTorch(folder, checkpoint, model)
+for i, block in enumerate(blocks):
+    exporter.add({n: q for n, q in weights.items() if n.startswith(f"{path}.{i}.")}, block, f"{path}.{i}")
+exporter.finish()
+
+pte = (folder / "model.pte").read_bytes()
+for name, q in weights.items():
+    signed = q.codes.int() - 2 ** (bits - 1)
+    nibbles = (signed + 8).to(torch.uint8)
+    stored = (nibbles[:, ::2] | nibbles[:, 1::2] << 4) if bits <= 4 else signed.to(torch.int8)
+    assert stored.numpy().tobytes() in pte, name
+
+reference = checkpoint.model(torch.float32, torch.device("cpu"))
+for name, q in weights.items():
+    reference.set_submodule(name, DynamicLinear(q, None))
+tokens = torch.load("tokens.pt")
+with torch.no_grad():
+    expected = reference(tokens).logits
+runtime = Runtime.open(folder, 64)
+found = torch.stack([torch.from_numpy(runtime.logits(t.numpy())) for t in tokens])
+print("max", (found - expected).abs().max().item(), "agree", (found.argmax(-1) == expected.argmax(-1)).float().mean().item())
+first = tokens[0].numpy()
+steps = [runtime.start(first[:40])] + [runtime.step(int(t)) for t in first[40:]]
+print("steps", (torch.stack([torch.from_numpy(s) for s in steps]) - found[0, 39:]).abs().max().item())
+assert runtime.decode(runtime.encode("two words")) == "two words"
+(folder / "model.pte").write_bytes(pte[: len(pte) // 2])
+try:
+    Runtime.open(folder, 64)
+except UserError as error:
+    print("refused", "cannot be loaded" in str(error))
+"""
+
+
+@needs_executorch
+@pytest.mark.parametrize("bits, group", [(4, 32), (3, None), (8, None)])
+def test_program_holds_the_codes_and_computes_the_logits(tiny_llama, test_tokens, tmp_path, bits, group):
+    torch.save(test_tokens[:10], tmp_path / "tokens.pt")
+    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(tiny_llama), str(bits), str(group or 0)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    words = done.stdout.split()
+    difference, agree, steps = (float(words[words.index(key) + 1]) for key in ("max", "agree", "steps"))
+    assert difference < 0.5 and agree > 0.98  # int8 inputs that lie on a half are rounded either way
+    assert steps < 0.2
+    assert words[-2:] == ["refused", "True"]
+
+
+def test_grids_xnnpack_cannot_hold_are_refused(tiny_llama, monkeypatch):
+    monkeypatch.setattr("smidgen.quant.export.executorch.imported", lambda: None)
+    model = Checkpoint(tiny_llama, "tiny").skeleton(torch.device("cpu"))
+    path, blocks = decoder_list(model)
+    names = [f"{path}.{i}.{n}" for i, b in enumerate(blocks) for n, m in b.named_modules() if isinstance(m, LINEAR)]
+    for grid, remedy in (
+        (Grid(4, 32, False, "bfloat16"), "use --symmetric"),
+        (Grid(8, 32, True, "bfloat16"), "use --group none or --bits 4"),
+        (Grid(4, 32, True, "float16"), "use --scale-dtype bfloat16"),
+        (Grid(4, 16, True, "bfloat16"), "use --group 32"),
+    ):
+        with pytest.raises(UserError, match=remedy):
+            ExecuTorch.check(model, names, grid)
