@@ -57,7 +57,7 @@ def main(config: Config, run: Run) -> dict[str, Any]:
             EXPORTERS[name].check(model, layers, grid)
     path, blocks = decoder_list(model)
     complete(len(blocks), packed.layers, path)
-    exporters = {name: EXPORTERS[name](run.partial(name), checkpoint, model) for name in names}
+    exporters = {name: EXPORTERS[name](run.partial(name), checkpoint, checkpoint.skeleton(cpu)) for name in names}
     for i, block in enumerate(run.track(blocks, "blocks", len(blocks))):
         own = [layer for layer in packed.layers if layer.startswith(f"{path}.{i}.")]
         checkpoint.load(block, f"{path}.{i}", cpu, skip=tuple(f"{layer}.weight" for layer in own))

@@ -235,10 +235,10 @@ class Job:
         """The folder of each format; where none of them can be reloaded to be measured, the quantized weights and other parameters."""
         config, dtype = self.config, self.checkpoint.dtype()
         grids = self.grids if config.target_bpw is None else Grids(self.grids.base, self.allocated(config.target_bpw))
-        exporters = {}
-        if config.formats():
-            model = self.checkpoint.skeleton(self.device)
-            exporters = {n: EXPORTERS[n](self.run.partial(FOLDERS.get(n, n)), self.checkpoint, model) for n in config.formats()}
+        exporters = {
+            name: EXPORTERS[name](self.run.partial(FOLDERS.get(name, name)), self.checkpoint, self.checkpoint.skeleton(self.device))
+            for name in config.formats()
+        }
         weights: dict[str, QWeight] = {}
         rest: dict[str, Tensor] = {}
         numbers = Numbers()

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 from smidgen.errors import UserError
 from smidgen.grid import Grid, QWeight
 from smidgen.quant.export.compressed_tensors import CompressedTensors
+from smidgen.quant.export.executorch import ExecuTorch
 from smidgen.quant.export.gguf import Gguf
 from smidgen.quant.export.gptq import Gptq
 from smidgen.quant.export.onnx import Onnx
@@ -32,7 +33,13 @@ class Exporter(Protocol):
         ...
 
 
-EXPORTERS: dict[str, type[Exporter]] = {"compressed-tensors": CompressedTensors, "gguf": Gguf, "gptq": Gptq, "onnx": Onnx}
+EXPORTERS: dict[str, type[Exporter]] = {
+    "compressed-tensors": CompressedTensors,
+    "gguf": Gguf,
+    "gptq": Gptq,
+    "onnx": Onnx,
+    "executorch": ExecuTorch,
+}
 
 
 def formats(names: str) -> list[str]:

@@ -15,6 +15,7 @@ from smidgen.errors import UserError
 RUNTIMES = {  # what an artifact holds -> who runs it
     "*.gguf": "smidgen.quant.runtimes.llamacpp:LlamaCpp",
     "*.onnx": "smidgen.quant.runtimes.onnxruntime:OnnxRuntime",
+    "*.pte": "smidgen.quant.runtimes.executorch:ExecuTorch",
     "config.json": "smidgen.quant.runtimes.transformers:Transformers",
 }
 

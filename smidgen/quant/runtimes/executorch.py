@@ -1,7 +1,8 @@
 """ExecuTorch's own runtime, from Python: what phones run, on this machine's processor. See export/executorch.py for the program."""
 
+import json
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Int
@@ -12,20 +13,20 @@ from smidgen.errors import UserError
 class ExecuTorch:
     """One loaded program."""
 
-    def __init__(self, name: str, program: Any, tokenizer: Any, length: int) -> None:
+    def __init__(self, name: str, program: Any, tokenizer: Any, length: int, end: set[int]) -> None:
         self.name = name
         self.program: Any = program
         self.forward: Any = program.load_method("forward")
         self.tokenizer = tokenizer
-        self.length = length
+        self.length, self.end = length, end
         self.position = 0
 
     @classmethod
-    def open(cls, artifact: Path, length: int = 1024, threads: int | None = None) -> Self:
+    def open(cls, artifact: Path, length: int = 1024, threads: int | None = None) -> "ExecuTorch":
         """Loads a folder for up to `length` tokens; a UserError if it holds no program, or a damaged one."""
         if threads is not None:
             raise UserError("executorch's Python runtime takes as many threads as it likes; leave out --threads")
-        for file in ("model.pte", "tokenizer.json"):
+        for file in ("model.pte", "tokenizer.json", "config.json"):
             if not (artifact / file).is_file():
                 raise UserError(f"{artifact} is not an executorch artifact: it has no {file}")
         try:
@@ -38,7 +39,9 @@ class ExecuTorch:
         try:
             program: Any = Runtime.get().load_program(artifact / "model.pte")
             most = program.load_method("get_max_seq_len").execute(())[0]
-            runtime = cls(f"executorch {version('executorch')}", program, Tokenizer.from_file(str(artifact / "tokenizer.json")), most)
+            tokenizer = Tokenizer.from_file(str(artifact / "tokenizer.json"))
+            ends = json.loads((artifact / "config.json").read_text())["eos_token_id"]
+            runtime = cls(f"executorch {version('executorch')}", program, tokenizer, most, set(ends if isinstance(ends, list) else [ends]))
         except Exception as error:  # RuntimeError for a damaged program; tokenizers raises plain Exception
             raise UserError(f"{artifact} cannot be loaded: {str(error).splitlines()[0]}") from error
         if length > most:
@@ -65,6 +68,10 @@ class ExecuTorch:
     def decode(self, tokens: list[int]) -> str:
         """The opposite."""
         return self.tokenizer.decode(tokens, skip_special_tokens=False)
+
+    def ends(self, token: int) -> bool:
+        """Whether the token ends a text."""
+        return token in self.end
 
     def close(self) -> None:
         """Frees what the runtime holds."""
