@@ -432,8 +432,8 @@ def vector(value: Tensor) -> np.ndarray:
 
 
 def matrix(value: Tensor, name: str) -> np.ndarray:
-    """An embedding or head in the checkpoint's own type; bfloat16, which runtimes on processors lack, as float16."""
-    if value.dtype == torch.bfloat16:
+    """An embedding or head as float16, as in the other formats; runtimes on processors lack bfloat16."""
+    if value.dtype != torch.float16:
         if not bool((value.abs() <= torch.finfo(torch.float16).max).all()):
             raise UserError(f"{name} holds NaN or values beyond float16")
         value = value.half()
