@@ -79,8 +79,8 @@ def text(options: argparse.Namespace, name: str) -> str:
 
 def compared(artifact: Path, reference: Path, options: argparse.Namespace) -> dict[str, float]:
     """Largest difference of logits and share of equal top tokens over 1,024 tokens, against the dequantized weights in float32."""
-    location, runtime_type = find(artifact)
-    runtime = runtime_type.open(location, 512)
+    location, opened = find(artifact)
+    runtime = opened(location, 512)
     model = load_artifact(reference, torch.float32, CPU)
     tokens = windows(text(options, options.text), Checkpoint(reference, "").tokenizer(), 512, 2)
     theirs = np.stack([runtime.logits(t.numpy()) for t in tokens])

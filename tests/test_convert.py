@@ -91,3 +91,9 @@ def test_a_format_that_cannot_hold_the_grid_refuses_before_work(artifact, tiny_l
     assert main(["quantize", str(tiny_llama), *options, "--output", str(tmp_path / "run")]) == 2
     assert "use --bits 4" in capsys.readouterr().err.splitlines()[-1]
     assert not list(tmp_path.glob("run/artifact*"))
+
+
+def test_a_format_of_one_grid_refuses_bits_per_layer_before_work(tiny_llama, test_text, tmp_path, capsys):
+    options = ["--method", "gptq", "--target-bpw", "3.5", "--export", "gptq", "--evaluate", str(test_text)]
+    assert main(["quantize", str(tiny_llama), *options, "--output", str(tmp_path / "run")]) == 2
+    assert "one grid for all layers" in capsys.readouterr().err.splitlines()[-1]

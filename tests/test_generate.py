@@ -51,7 +51,7 @@ class Plain:
 
 @pytest.fixture(autouse=True)
 def plain(monkeypatch):
-    monkeypatch.setattr(generate, "find", lambda artifact: (artifact, Plain))
+    monkeypatch.setattr(generate, "find", lambda artifact: (artifact, Plain.open))
 
 
 def last(capsys) -> dict:
@@ -111,3 +111,14 @@ def test_only_what_a_runtime_loads_is_opened(tmp_path):
         find(tmp_path / "nothing")
     with pytest.raises(UserError, match="nothing a runtime here loads"):
         find(tmp_path)
+
+
+def test_transformers_writes_with_its_cache_what_it_reads_whole(tiny_llama, test_tokens):
+    folder, runtime = find(tiny_llama)
+    opened = runtime(folder, 64)
+    tokens = test_tokens[0, :24].numpy()
+    whole = opened.logits(tokens)
+    stepped = [opened.start(tokens[:16]), *(opened.step(int(t)) for t in tokens[16:])]
+    np.testing.assert_allclose(np.stack(stepped), whole[15:], atol=1e-4)
+    assert opened.encode(opened.decode(list(tokens))) == list(tokens)
+    opened.close()

@@ -16,8 +16,9 @@ from smidgen.errors import UserError
 from smidgen.grid import Grid
 from smidgen.quant.blocks import decoder_list
 from smidgen.quant.checkpoint import Checkpoint, unload
-from smidgen.quant.export import EXPORTERS, formats
+from smidgen.quant.export import EXPORTERS, check_formats, formats
 from smidgen.quant.export.compressed_tensors import Packed
+from smidgen.quant.generate import size
 from smidgen.run import Run
 
 
@@ -52,9 +53,7 @@ def main(config: Config, run: Run) -> dict[str, Any]:
     by_grid: dict[Grid, list[str]] = defaultdict(list)
     for layer in packed.layers:
         by_grid[packed.grid(layer)].append(layer)
-    for name in names:
-        for grid, layers in by_grid.items():
-            EXPORTERS[name].check(model, layers, grid)
+    check_formats(model, names, by_grid)
     path, blocks = decoder_list(model)
     complete(len(blocks), packed.layers, path)
     exporters = {name: EXPORTERS[name](run.partial(name), checkpoint, checkpoint.skeleton(cpu)) for name in names}
@@ -74,7 +73,7 @@ def main(config: Config, run: Run) -> dict[str, Any]:
         artifact=str(folder),
         layers=len(packed.layers),
         written={name: str(path) for name, path in written.items()},
-        size_bytes={name: sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) for name, path in written.items()},
+        size_bytes={name: size(path) for name, path in written.items()},
     )
 
 

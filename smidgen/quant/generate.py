@@ -77,8 +77,8 @@ def run_command(config: Prompt) -> dict[str, Any]:
     if config.tokens < 1 or config.temperature < 0:
         raise UserError("--tokens must be at least 1 and --temperature not negative")
     tokens: list[int] = []
-    artifact, runtime = find(config.artifact)
-    with closing(runtime.open(artifact, CONTEXT, config.threads)) as runtime:
+    artifact, opened = find(config.artifact)
+    with closing(opened(artifact, min(CONTEXT, len(config.prompt.encode()) + config.tokens), config.threads)) as runtime:
         prompt = np.array(runtime.encode(config.prompt))
         if not 0 < len(prompt) <= CONTEXT - config.tokens:
             raise UserError(f"the prompt has {len(prompt)} tokens; with {config.tokens} more it must have 1 to {CONTEXT}")
@@ -126,10 +126,10 @@ def bench_command(config: Bench) -> dict[str, Any]:
 
 def bench(config: Bench, run: Run) -> dict[str, Any]:
     """Load, read a prompt, write, read texts."""
-    artifact, runtime = find(config.artifact)
+    artifact, opened = find(config.artifact)
     reset_peak()
     before, started = peak_bytes(), time.monotonic()
-    with closing(runtime.open(artifact, max(config.length, config.prompt_tokens + config.new_tokens), config.threads)) as runtime:
+    with closing(opened(artifact, max(config.length, config.prompt_tokens + config.new_tokens), config.threads)) as runtime:
         loaded = time.monotonic() - started
         tokens = np.array(runtime.encode(read_text("docstrings:numpy"))[: config.prompt_tokens])
         times = [timed(runtime, tokens, config.new_tokens) for _ in run.track(range(config.repeats), "generating", config.repeats)]

@@ -20,7 +20,7 @@ from smidgen.quant.blocks import Block, Inputs, decoder_list, family_of, forward
 from smidgen.quant.calibrate import Calibration
 from smidgen.quant.checkpoint import Checkpoint
 from smidgen.quant.evaluate import generate, perplexity, pick_device
-from smidgen.quant.export import EXPORTERS, formats
+from smidgen.quant.export import EXPORTERS, check_formats, formats
 from smidgen.quant.formats import FORMATS, Q4_0
 from smidgen.quant.linear import LINEAR, weight_of
 from smidgen.quant.load import load_artifact
@@ -311,9 +311,10 @@ def check(model: PreTrainedModel, config: Config, grids: Grids, solver: RTN | GP
         raise UserError("--stats are of the model as it is, and --rotate changes it; use one of them")
     if config.target_bpw is not None and not 2 <= config.target_bpw <= 8:
         raise UserError(f"--target-bpw must lie between 2 and 8, got {config.target_bpw}")
-    for name in config.formats():
-        for grid, layers in by_grid.items():
-            EXPORTERS[name].check(model, layers, grid)
+    if config.target_bpw is not None:  # every width that may be chosen
+        (base,) = by_grid
+        by_grid = {replace(base, bits=b): by_grid[base] for b in widths(config.target_bpw)}
+    check_formats(model, config.formats(), by_grid)
 
 
 @torch.no_grad()

@@ -41,6 +41,17 @@ EXPORTERS: dict[str, type[Exporter]] = {
     "executorch": ExecuTorch,
 }
 
+ONE_GRID = ("gptq",)  # formats whose layers all have the same
+
+
+def check_formats(model: Any, names: list[str], by_grid: dict[Grid, list[str]]) -> None:
+    """Raises a UserError before any work if one of the formats cannot hold the layers on these grids."""
+    for name in names:
+        if name in ONE_GRID and len(by_grid) > 1:
+            raise UserError(f"{name} checkpoints have one grid for all layers; use --export compressed-tensors, or leave out --target-bpw")
+        for grid, layers in by_grid.items():
+            EXPORTERS[name].check(model, layers, grid)
+
 
 def formats(names: str) -> list[str]:
     """The formats in "a,b,c", each once; a UserError for one that is not known."""

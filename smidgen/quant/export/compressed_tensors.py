@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from smidgen.errors import UserError
 from smidgen.grid import Grid, QWeight
 from smidgen.quant.checkpoint import Checkpoint, index
+from smidgen.quant.export.rest import Rest
 from smidgen.quant.formats import must_be_uniform
 from smidgen.quant.pack import pack, unpack
 from smidgen.quant.shards import Shards
@@ -42,11 +43,11 @@ class CompressedTensors:
     checkpoint: Checkpoint
     model: PreTrainedModel
     "The skeleton: says which parameters exist."
-    done: set[str] = field(default_factory=set)
     layers: dict[str, Grid] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.shards = Shards(self.folder)
+        self.rest = Rest(self.checkpoint)
 
     @staticmethod
     def check(model: PreTrainedModel, layers: list[str], grid: Grid) -> None:
@@ -63,15 +64,13 @@ class CompressedTensors:
         tensors: dict[str, Tensor] = {}
         for name, q in weights.items():
             self.layers[name] = q.grid
-            self.done.add(f"{name}.weight")
+            self.rest.done.add(f"{name}.weight")
             tensors |= {f"{name}.{key}": value for key, value in packed(q).items()}
-        parameters = {f"{path}.{n}": p for n, p in module.named_parameters()}
-        self.shards.add(tensors | self._others(list(parameters), {n: p for n, p in parameters.items() if not p.is_meta}))
+        self.shards.add(tensors | self.rest.of_block(module, path))
 
     def finish(self) -> None:
         """Writes what belongs to no block, the configuration and the tokenizer."""
-        tied = self.model.all_tied_weights_keys
-        self.shards.add(self._others([n for n, _ in self.model.named_parameters(remove_duplicate=False) if n not in tied], {}))
+        self.shards.add(self.rest.of_model(self.model))
         self.shards.finish()
         config = self.checkpoint.config.to_diff_dict()
         config.pop("_name_or_path", None)
@@ -82,13 +81,6 @@ class CompressedTensors:
         if self.model.generation_config is not None:
             self.model.generation_config.save_pretrained(self.folder)
         self.checkpoint.tokenizer().save_pretrained(self.folder)
-
-    def _others(self, names: list[str], changed: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Unquantized parameters, with the values in `changed`: 16-bit types as they are, float32 matrices as float16."""
-        names = [n for n in names if n not in self.done]
-        self.done |= set(names)
-        read = self.checkpoint.read(names)
-        return {n: half(changed[n].to("cpu", value.dtype) if n in changed else value, n) for n, value in read.items()}
 
     def _quantization_config(self) -> dict[str, Any]:
         from compressed_tensors.quantization import QuantizationConfig
@@ -141,15 +133,6 @@ def packed(q: QWeight) -> dict[str, Tensor]:
         zero = q.zero.to("cpu", torch.uint8).numpy()
         tensors["weight_zero_point"] = torch.from_numpy(pack(zero.T.copy(), grid.bits).T.copy())
     return tensors
-
-
-def half(value: Tensor, name: str) -> Tensor:
-    """float32 matrices as float16; vectors (norms, biases) and 16-bit tensors unchanged."""
-    if value.dtype != torch.float32 or value.ndim < 2:
-        return value.clone()
-    if not bool((value.abs() <= torch.finfo(torch.float16).max).all()):
-        raise UserError(f"{name} holds NaN or values beyond float16")
-    return value.half()
 
 
 class Packed:

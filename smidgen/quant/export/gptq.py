@@ -36,7 +36,7 @@ which stores zero itself.
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ from smidgen import __version__
 from smidgen.errors import UserError
 from smidgen.grid import Grid, QWeight
 from smidgen.quant.checkpoint import Checkpoint
-from smidgen.quant.export.compressed_tensors import half
+from smidgen.quant.export.rest import Rest
 from smidgen.quant.formats import must_be_uniform
 from smidgen.quant.pack import pack, unpack
 from smidgen.quant.shards import Shards
@@ -68,12 +68,12 @@ class Gptq:
     checkpoint: Checkpoint
     model: PreTrainedModel
     "The skeleton: says which parameters exist."
-    done: set[str] = field(default_factory=set)
     grid: Grid | None = None
     "Of every layer; known from the first on."
 
     def __post_init__(self) -> None:
         self.shards = Shards(self.folder)
+        self.rest = Rest(self.checkpoint)
         self.tokenizer = self.checkpoint.tokenizer()
 
     @staticmethod
@@ -118,18 +118,16 @@ class Gptq:
                 raise UserError(
                     f"gptq checkpoints have one grid, {name} has another: leave out --target-bpw or use --export compressed-tensors"
                 )
-            self.done.add(f"{name}.weight")
+            self.rest.done.add(f"{name}.weight")
             try:
                 tensors |= {f"{name}.{key}": value for key, value in packed(q).items()}
             except UserError as error:
                 raise UserError(f"{name}: {error}") from error
-        parameters = {f"{path}.{n}": p for n, p in module.named_parameters()}
-        self.shards.add(tensors | self._others(list(parameters), {n: p for n, p in parameters.items() if not p.is_meta}))
+        self.shards.add(tensors | self.rest.of_block(module, path))
 
     def finish(self) -> None:
         """Writes what belongs to no block, the configuration and the tokenizer."""
-        tied = self.model.all_tied_weights_keys
-        self.shards.add(self._others([n for n, _ in self.model.named_parameters(remove_duplicate=False) if n not in tied], {}))
+        self.shards.add(self.rest.of_model(self.model))
         self.shards.finish()
         if self.grid is None:
             raise UserError(f"{self.checkpoint.folder}: no layer was quantized")
@@ -145,13 +143,6 @@ class Gptq:
         self.tokenizer.save_pretrained(self.folder)
         (self.folder / "quantize_config.json").write_text(json.dumps(quantization, indent=1))
         (self.folder / "config.json").write_text(json.dumps(config, indent=1, default=str))
-
-    def _others(self, names: list[str], changed: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Unquantized parameters, with the values in `changed`: 16-bit types as they are, float32 matrices as float16."""
-        names = [n for n in names if n not in self.done]
-        self.done |= set(names)
-        read = self.checkpoint.read(names)
-        return {n: half(changed[n].to("cpu", value.dtype) if n in changed else value, n) for n, value in read.items()}
 
 
 def quantization_config(grid: Grid) -> dict[str, Any]:

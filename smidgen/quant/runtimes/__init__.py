@@ -3,6 +3,7 @@
 A runtime needs no torch. `logits` reads a whole text at once; `start` and `step` are generation, with the runtime's own cache.
 """
 
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -18,6 +19,7 @@ RUNTIMES = {  # what an artifact holds -> who runs it
     "*.pte": "smidgen.quant.runtimes.executorch:ExecuTorch",
     "config.json": "smidgen.quant.runtimes.transformers:Transformers",
 }
+FOLDERS = "artifact", "gguf", "onnx", "executorch"  # of a run, in the order they are looked for
 
 
 @runtime_checkable
@@ -61,13 +63,13 @@ class Runtime(Protocol):
         ...
 
 
-def find(artifact: Path) -> tuple[Path, type[Runtime]]:
-    """What a runtime loads, and which: of a file, its folder, or the folder of a run."""
+def find(artifact: Path) -> tuple[Path, Callable[..., Runtime]]:
+    """What a runtime loads, and the runtime's `open`: of a file, its folder, or the folder of a run."""
     if not artifact.exists():
         raise UserError(f"no such artifact: {artifact}")
-    folder = artifact / "artifact" if (artifact / "artifact").is_dir() else artifact
+    folder = next((artifact / name for name in FOLDERS if (artifact / name).is_dir()), artifact)
     for pattern, where in RUNTIMES.items():
         if folder.match(pattern) if folder.is_file() else any(folder.glob(pattern)):
             module, name = where.split(":")
-            return folder, vars(import_module(module))[name]
+            return folder, vars(import_module(module))[name].open
     raise UserError(f"{artifact} holds nothing a runtime here loads ({', '.join(RUNTIMES)})")
