@@ -1,12 +1,13 @@
 """Artifacts in their runtimes: size, perplexity and speed there, beside llama.cpp's own quantization of the same float weights.
 
     python benchmarks/runtimes.py                               # everything: about half an hour on two cores
-    python benchmarks/runtimes.py --ours 4g32 q3_k --peers q3_k_m
+    python benchmarks/runtimes.py --ours auto:4g32 auto:q3_k --peers q3_k_m
 
-Ours are runs of `smidgen quantize`: 4g32 with BoA at 4 bits, group 32, symmetric, written as compressed-tensors, GGUF (q4_0) and ONNX at
-once; the others with --method auto on the format itself. Peers are llama.cpp's recipes with an importance matrix from the same calibration
-tokens (mean squares of every layer's inputs); its library has to be one that can quantize (llama-cpp-py-sync, glibc 2.38). An artifact is
-measured by `smidgen bench` in a process of its own. Rows go to benchmarks/results/runtimes.csv.
+Ours are runs of `smidgen quantize`, METHOD:GRID. 4g32 is 4 bits, group 32, symmetric, written as compressed-tensors, GGUF (q4_0) and ONNX
+at once; 4g32-bfloat16 has the scales ExecuTorch stores, and is written for it; the others are GGUF's own grids. Peers are llama.cpp's recipes
+with an importance matrix from the same calibration tokens (mean squares of every layer's inputs); its library has to be one that can
+quantize (llama-cpp-py-sync, glibc 2.38). An artifact is measured by `smidgen bench` in a process of its own. Rows go to
+benchmarks/results/runtimes.csv.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from smidgen.errors import UserError
 from smidgen.quant.blocks import decoder_list, forward_precision, walk
 from smidgen.quant.checkpoint import Checkpoint
 from smidgen.quant.collect import collect
-from smidgen.quant.export.gguf import write_float
+from smidgen.quant.export import gguf
 from smidgen.quant.load import load_artifact
 from smidgen.quant.quantize import Config, main
 from smidgen.quant.runtimes import find
@@ -47,16 +48,21 @@ GGML = {
 
 
 def ours(name: str, options: argparse.Namespace, folder: Path) -> list[tuple[str, Path, Path | None, dict]]:
-    """Label, artifact, reference for agreement, and the run's figures, of everything one run writes."""
-    common = {"model": options.model, "calibration": text(options, options.calibration), "evaluate": ()}
-    if name == "4g32":
-        config = Config(**common, method="boa", bits=4, group=32, symmetric=True, export="compressed-tensors,gguf,onnx")
+    """Label, artifact, what it is compared with, and the run's figures, of everything one run writes."""
+    method, grid = name.split(":")
+    common = {"model": options.model, "calibration": text(options, options.calibration), "evaluate": (), "method": method}
+    uniform = {"bits": 4, "group": 32, "symmetric": True}
+    if grid == "4g32":
+        config = Config(**common, **uniform, export="compressed-tensors,gguf,onnx")
+    elif grid == "4g32-bfloat16":
+        config = Config(**common, **uniform, scale_dtype="bfloat16", export="compressed-tensors,executorch")
     else:
-        config = Config(**common, method="auto", format=name)
+        config = Config(**common, format=grid)
     with Run("quantize", config, folder) as run:
         metrics = main(config, run)
-    reference = folder / "artifact" if (folder / "artifact").is_dir() else None
-    return [(f"ours {name} {kind}", folder / w["folder"], reference, metrics) for kind, w in metrics["written"].items()]
+    written = {kind: folder / w["folder"] for kind, w in metrics["written"].items()}
+    reference = written.get("compressed-tensors", written.get("gguf"))
+    return [(f"ours {name} {kind}", path, reference, metrics) for kind, path in written.items()]
 
 
 def importance(options: argparse.Namespace, run: Run) -> dict[str, np.ndarray]:
@@ -81,13 +87,23 @@ def compared(artifact: Path, reference: Path, options: argparse.Namespace) -> di
     """Largest difference of logits and share of equal top tokens over 1,024 tokens, against the dequantized weights in float32."""
     location, opened = find(artifact)
     runtime = opened(location, 512)
-    model = load_artifact(reference, torch.float32, CPU)
-    tokens = windows(text(options, options.text), Checkpoint(reference, "").tokenizer(), 512, 2)
+    model = dequantized(reference, options)
+    tokens = windows(text(options, options.text), Checkpoint.open(options.model).tokenizer(), 512, 2)
     theirs = np.stack([runtime.logits(t.numpy()) for t in tokens])
     with torch.inference_mode():
         mine = model(tokens).logits.float().numpy()
     runtime.close()
     return {"difference": float(np.abs(theirs - mine).max()), "agreement": float((theirs.argmax(-1) == mine.argmax(-1)).mean())}
+
+
+def dequantized(artifact: Path, options: argparse.Namespace) -> torch.nn.Module:
+    """The model with an artifact's weights: a compressed-tensors folder, or the layers of a GGUF file in the float model."""
+    if not (artifact / gguf.FILE).is_file():
+        return load_artifact(artifact, torch.float32, CPU)
+    model = load_artifact(Checkpoint.open(options.model).folder, torch.float32, CPU)
+    for name, q in gguf.read(artifact / gguf.FILE).items():
+        model.get_submodule(name).weight.data = q.dequantize()
+    return model
 
 
 def measured(artifact: Path, options: argparse.Namespace, scratch: Path) -> dict:
@@ -115,8 +131,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--calibration", default="wikitext2_calibration")
     parser.add_argument("--text", default="wikitext2_test")
     parser.add_argument("--windows", type=int, default=24)
-    parser.add_argument("--ours", nargs="*", default=["4g32", "q3_k", "q2_k"])
-    parser.add_argument("--peers", nargs="*", default=["q4_0", "q4_1", "q4_k_m", "q3_k_m", "q2_k"])
+    parser.add_argument("--ours", nargs="*", default=["boa:4g32", "auto:4g32", "auto:4g32-bfloat16", "auto:q4_k", "auto:q3_k", "auto:q2_k"])
+    parser.add_argument("--peers", nargs="*", default=["q4_0", "q4_1", "q4_k_m", "q3_k_m", "q3_k_s", "q2_k"])
     return parser.parse_args()
 
 
@@ -136,7 +152,7 @@ if __name__ == "__main__":
         if options.peers:
             matrix = importance(options, run)
             (scratch / "float").mkdir()
-            source = write_float(scratch / "float", Checkpoint.open(options.model))
+            source = gguf.write_float(scratch / "float", Checkpoint.open(options.model))
         for kind in options.peers:
             try:
                 llamacpp_quantize(source, scratch / f"{kind}.gguf", kind, matrix)

@@ -3,7 +3,7 @@ import torch
 
 from smidgen.errors import UserError
 from smidgen.quant.attention import causal, probabilities, rotary_mean
-from smidgen.quant.stats import TILE, Stats, add_gram, exact_products, symmetrize
+from smidgen.quant.stats import TILE, Moments, Stats, add_gram, exact_products, symmetrize
 
 CPU = torch.device("cpu")
 
@@ -155,3 +155,19 @@ def test_probabilities_are_a_masked_softmax_for_each_query_head(normal):
         scores = torch.einsum("bhgd,bhud->bhgu", q[..., t, :], k[:, :, : t + 1]) * 0.7
         torch.testing.assert_close(a[..., t, : t + 1], scores.softmax(-1))
         assert not a[..., t, t + 1 :].any()
+
+
+def test_holding_rows_out_leaves_the_sums_of_all_rows_as_they_are():
+    """To the last bit: statistics collected once must give the same integers as a direct run that holds nothing out."""
+    torch.manual_seed(0)
+    batches = [torch.randn(1, 500, 48) for _ in range(8)]
+    plain, split = Moments(), Moments()
+    for i, rows in enumerate(batches):
+        split.held = i >= 6
+        plain.add("x", rows, 500)
+        split.add("x", rows, 500)
+    whole, parts = plain.stats("x"), split.stats("x")
+    assert whole.held is None and torch.equal(whole.h_in, parts.h_in)
+    last = torch.cat(batches[6:], 1)[0].double()
+    assert torch.allclose(parts.held.h_in[0].double(), last.T @ last / 1000, rtol=0, atol=1e-5)
+    assert parts.held.tokens == 1000 and parts.tokens == 4000

@@ -69,13 +69,15 @@ class Stats:
 class Moments:
     """Sums of x^T x by name, over batches of rows x; with a reference, also of (x_float - x)^T x or of y^T x.
 
-    While `reference` is true, rows are only remembered, and the next rows of the same name are paired with them. While
-    `held` is true, rows count as held out.
+    While `reference` is true, rows are only remembered, and the next rows of the same name are paired with them. Once
+    `held` is true, rows count as held out; the sums of all rows are the same to the last bit with and without.
     """
 
     def __init__(self) -> None:
         self.reference = self.held = False
-        self.sums: dict[tuple[str, bool], _Sums] = {}
+        self.sums: dict[str, _Sums] = {}
+        self.fitted: dict[str, _Sums] = {}
+        "What the sums were when held-out rows began."
         self.waiting: dict[str, deque[Tensor]] = defaultdict(deque)
 
     def add(self, name: str, rows: Float[Tensor, "heads n in"], tokens: int, paired: bool = True, lacking: Tensor | None = None) -> None:
@@ -87,7 +89,9 @@ class Moments:
             if paired:
                 self.waiting[name].append(rows)
             return
-        sums = self.sums.setdefault((name, self.held), _Sums())
+        sums = self.sums.setdefault(name, _Sums())
+        if self.held and name not in self.fitted:
+            self.fitted[name] = sums.copy()
         sums.tokens += tokens
         sums.add("gram", rows)
         if self.waiting[name]:
@@ -97,12 +101,10 @@ class Moments:
 
     def stats(self, name: str) -> Stats:
         """Means over tokens, of everything and of what was held out."""
-        fitted, held = (self.sums.pop((name, h), None) for h in (False, True))
-        if fitted is None or held is None:
-            only = fitted or held
-            assert only is not None
-            return only.stats()
-        return replace(fitted.plus(held).stats(), held=held.stats())
+        whole, fitted = self.sums.pop(name), self.fitted.pop(name, None)
+        if fitted is None or not fitted.tokens:
+            return whole.stats()
+        return replace(whole.stats(), held=whole.minus(fitted).stats())
 
 
 @dataclass
@@ -122,8 +124,11 @@ class _Sums:
             else:
                 add_product(self.products[kind][head], other[head], x)
 
-    def plus(self, other: "_Sums") -> "_Sums":
-        return _Sums({k: v + other.products[k] for k, v in self.products.items()}, self.tokens + other.tokens)
+    def copy(self) -> "_Sums":
+        return _Sums({k: v.clone() for k, v in self.products.items()}, self.tokens)
+
+    def minus(self, other: "_Sums") -> "_Sums":
+        return _Sums({k: v - other.products[k] for k, v in self.products.items()}, self.tokens - other.tokens)
 
     def stats(self) -> Stats:
         h = symmetrize(self.products["gram"]) / self.tokens
