@@ -3,11 +3,11 @@
     python benchmarks/runtimes.py                               # everything: about half an hour on two cores
     python benchmarks/runtimes.py --ours auto:4g32 auto:q3_k --peers q3_k_m
 
-Ours are runs of `smidgen quantize`, METHOD:GRID. 4g32 is 4 bits, group 32, symmetric, written as compressed-tensors, GGUF (q4_0) and ONNX
-at once; 4g32-bfloat16 has the scales ExecuTorch stores, and is written for it; the others are GGUF's own grids. Peers are llama.cpp's recipes
-with an importance matrix from the same calibration tokens (mean squares of every layer's inputs); its library has to be one that can
-quantize (llama-cpp-py-sync, glibc 2.38). An artifact is measured by `smidgen bench` in a process of its own. Rows go to
-benchmarks/results/runtimes.csv.
+Ours are runs of `smidgen quantize`, METHOD:GRID. 4g32 is 4 bits, group 32, symmetric, written as compressed-tensors, GGUF (q4_0) and
+ONNX at once; 4g32-bfloat16 has the scales ExecuTorch stores, and is written for it; the others are GGUF's own grids. Peers are
+llama.cpp's recipes with an importance matrix from the same calibration tokens (mean squares of every layer's inputs); its library has
+to be one that can quantize (llama-cpp-py-sync, glibc 2.38). An artifact is measured by `smidgen bench` in a process of its own. Rows go
+to benchmarks/results/runtimes.csv.
 """
 
 import argparse
