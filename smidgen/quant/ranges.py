@@ -1,0 +1,168 @@
+"""Ranges that are learned: three ways to write an asymmetric quantizer's two parameters (You et al., arXiv 2404.16898).
+
+A tensor with codes 0 .. N is rounded with scale s and zero point z, halves to even:
+
+    q = clip(round(x / s) + z, 0, N);    x_hat = s (q - z);    z = round(zeta), in the forward pass always
+
+    scale-offset    s and zeta themselves; `normalised`: s N and zeta / N, so that one learning rate suits both
+    min-max         s = (high - low) / N, zeta = -low / s
+    beta-gamma      low = f(beta) m, high = f(gamma) M with m, M the tensor's own minimum and maximum; f identity, exp or sigmoid
+
+Rounding passes gradients on and clipping stops them, decided on the rounded code before clipping. Per element, e = round(x / s) - x / s,
+d = z - zeta:
+
+                in range        below           above                       in range    below       above
+    d/ds        e               -z              N - z           d/dlow      -e / N      1 + d / N   d / N
+    d/dzeta     0               -s              -s              d/dhigh     +e / N      -d / N      1 - d / N
+
+which is what automatic differentiation makes of these lines. 0 has a code: ends are moved to low <= 0 <= high, and a scale is never below
+SMALLEST; both only in value, so that a range that collapsed or crossed still has a gradient to come back by.
+
+What of this is the paper's and what is ours (its full text could not be had): docs/methods.md.
+"""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from smidgen.errors import UserError
+
+Kind = Literal["min-max", "beta-gamma", "scale-offset"]
+Link = Literal["identity", "exp", "sigmoid"]
+SMALLEST = 1e-8  # scale
+SIGMOID_START = 4.0  # sigmoid(4) = 0.982: it can never widen the range it starts from
+
+
+class Range(nn.Module):
+    """A learnable range of `2**bits` codes, or of `2**bits - 1` about 0 where it is symmetric.
+
+    >>> r = Range(torch.tensor(-1.0), torch.tensor(3.0), bits=2)
+    >>> r(torch.tensor([-9.0, 0.0, 1.0, 9.0])).tolist()
+    [-1.3333333730697632, 0.0, 1.3333333730697632, 2.6666667461395264]
+    """
+
+    unit: Tensor
+    m: Tensor
+    M: Tensor
+
+    def __init__(
+        self,
+        low: Float[Tensor, "*per"],
+        high: Float[Tensor, "*per"],
+        bits: int = 8,
+        kind: Kind = "min-max",
+        link: Link = "exp",
+        symmetric: bool = False,
+        normalised: bool = True,
+        unit: Float[Tensor, "*per"] | None = None,
+    ) -> None:
+        """Starts at [low, high], which broadcast against what is quantized: () per tensor, (out, 1) per row of a weight.
+
+        `link` is f of beta-gamma, `normalised` of scale-offset. `unit` is what an optimizer's step of 1 means to the ends of min-max:
+        the range itself makes learning rates relative; by default 1.
+        """
+        super().__init__()
+        if bits < 2:
+            raise UserError(f"a range needs at least 2 bits, got {bits}")
+        if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
+            raise UserError("a range cannot start at NaN or infinity; are there such activations or weights?")
+        self.bits, self.kind, self.link, self.symmetric, self.normalised = bits, kind, link, symmetric, normalised
+        low, high = low.detach().clamp(max=0), high.detach().clamp(min=0)
+        if symmetric:
+            high = torch.maximum(-low, high)
+            low = -high
+        empty = low == high
+        low, high = (torch.where(empty, end, t) for end, t in ((-1.0, low), (1.0, high)))  # any range holds zeros
+        if kind == "scale-offset":
+            scale, zeta = (high - low) / self.top, -low * self.top / (high - low)
+            self.scale = nn.Parameter(scale * self.top if normalised else scale)
+            self.offset = None if symmetric else nn.Parameter(zeta / self.top if normalised else zeta)
+        elif kind == "min-max":
+            self.register_buffer("unit", torch.ones_like(high) if unit is None else unit.detach().clone())
+            self.low = None if symmetric else nn.Parameter(low / self.unit)
+            self.high = nn.Parameter(high / self.unit)
+        else:
+            start = {"identity": 1.0, "exp": 0.0, "sigmoid": SIGMOID_START}[link]
+            self.register_buffer("m", low)
+            self.register_buffer("M", high)
+            self.beta = None if symmetric else nn.Parameter(torch.full_like(low, start))
+            self.gamma = nn.Parameter(torch.full_like(high, start))
+
+    @property
+    def top(self) -> int:
+        """N, the largest code; a symmetric range does without the lowest one, so that 0 is in the middle."""
+        return 2**self.bits - (2 if self.symmetric else 1)
+
+    def rebase(self, low: Tensor, high: Tensor) -> None:
+        """beta-gamma: the tensor's own minimum and maximum, read anew; no gradient flows through them."""
+        self.m.copy_(-torch.maximum(-low, high) if self.symmetric else low.clamp(max=0))
+        self.M.copy_(torch.maximum(-low, high) if self.symmetric else high.clamp(min=0))
+
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """low <= 0 <= high; of scale-offset the realised ones."""
+        if self.kind == "scale-offset":
+            scale, zero = self.scale_zero()
+            return -scale * zero, scale * (self.top - zero)
+        low, high = self._ends()
+        return moved(low, low.clamp(max=0)), moved(high, high.clamp(min=0))
+
+    def _ends(self) -> tuple[Tensor, Tensor]:
+        if self.kind == "min-max":
+            high = self.high * self.unit
+            return (-high if self.low is None else self.low * self.unit), high
+        f = {"identity": lambda t: t, "exp": torch.exp, "sigmoid": torch.sigmoid}[self.link]
+        high = f(self.gamma) * self.M
+        return (-high if self.beta is None else f(self.beta) * self.m), high
+
+    def scale_zero(self) -> tuple[Float[Tensor, "*per"], Float[Tensor, "*per"]]:
+        """s > 0 and the whole number z, 0 <= z <= N."""
+        if self.kind == "scale-offset":
+            scale = self.scale.abs() / (self.top if self.normalised else 1)  # what crossed zero comes back from the other side
+            scale = moved(scale, scale.clamp(min=SMALLEST))
+            zeta = torch.full_like(scale, self.top / 2) if self.offset is None else self.offset * (self.top if self.normalised else 1)
+        else:
+            low, high = self.ends()
+            scale = (high - low) / self.top
+            scale = moved(scale, scale.clamp(min=SMALLEST))
+            zeta = torch.full_like(scale, self.top / 2) if self.symmetric else -low / scale
+        return scale, moved(zeta, zeta.round().clamp(0, self.top))
+
+    def forward(self, x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+        """`x` as rounded, in float32 at least; NaN stays NaN."""
+        return fake_quantize(x, *self.scale_zero(), self.top)
+
+    def codes(self, x: Float[Tensor, "*any"]) -> Int[Tensor, "*any"]:
+        """Codes 0 .. N of `x`."""
+        scale, zero = self.scale_zero()
+        return (torch.round(x / scale) + zero).clamp(0, self.top).to(torch.int32)
+
+    def clipped(self, x: Float[Tensor, "*any"]) -> float:
+        """The share of `x` whose code had to be clipped."""
+        scale, zero = self.scale_zero()
+        code = torch.round(x / scale) + zero
+        return float(((code < 0) | (code > self.top)).float().mean())
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:
+    """s (clip(round(x / s) + z, 0, N) - z), differentiable in all three as the table above says."""
+    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    steps = x / scale
+    code = moved(steps, steps.round()) + zero
+    return scale * (code.clamp(0, top) - zero)
+
+
+class _Moved(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grads[0], None
+
+
+def moved(x: Tensor, value: Tensor) -> Tensor:
+    """`value` in the forward pass, to the last bit, and the gradient of `x`."""
+    return _Moved.apply(x, value)
