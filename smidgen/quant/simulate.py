@@ -1,0 +1,250 @@
+"""A model as integer kernels will compute it, in floats: every linear layer's input and weight fake-quantized.
+
+    y = Q_a(x) Q_w(W)^T + b        8-bit products summed in 32 bits; only the sum is scaled and becomes a float again
+
+Inputs are asymmetric, one range per tensor (static), or one per token, computed as it comes (dynamic). Weights are symmetric, one range
+per row or per group. Layers that read the same tensor share one `Activation`, since a kernel quantizes it once. Everything else (norms,
+scores, softmax, embeddings, head) stays as it is.
+
+Where an `Activation`'s range comes from is its `mode`:
+
+    float       nothing is quantized
+    observe     nothing is quantized; minimum, maximum and a sample of the values are kept
+    batch       minimum and maximum of the batch, inside the graph, so that gradients reach what made them
+    learned     a Range, once `fix` was called: the only one that can be exported
+    token       minimum and maximum of every token
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int8
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from smidgen.errors import UserError
+from smidgen.quant.blocks import decoder_list, family_of
+from smidgen.quant.linear import LINEAR, weight_of
+from smidgen.quant.ranges import Kind, Link, Range, fake_quantize, moved
+
+Mode = Literal["float", "observe", "batch", "learned", "token"]
+SAMPLE = 4096  # values kept of every observed batch
+DECAY = 0.99  # of the running range in mode `batch`
+SMALLEST = 1e-8
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What is quantized, and how."""
+
+    weights: int = 8
+    "Bits of weights, symmetric."
+    activations: int = 8
+    "Bits of the linear layers' inputs, asymmetric."
+    group: int | None = None
+    "Columns of a weight that share a scale; none: the row."
+    per_token: bool = False
+    "A range for every token as it comes, instead of a static one."
+
+
+class Activation(nn.Module):
+    """The quantizer of one tensor."""
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+        self.mode: Mode = "float"
+        self.range: Range | None = None
+        self.register_buffer("low", torch.tensor(torch.inf))
+        self.register_buffer("high", torch.tensor(-torch.inf))
+        self.sample: list[Tensor] = []
+
+    def forward(self, x: Float[Tensor, "*n width"]) -> Float[Tensor, "*n width"]:
+        """`x`, quantized as the mode says."""
+        if self.mode == "float":
+            return x
+        if self.mode == "observe":
+            self._observe(x.detach())
+            return x
+        if self.mode == "learned":
+            assert self.range is not None
+            return self.range(x)
+        if self.mode == "token":
+            return self._within(x, x.amin(-1, keepdim=True), x.amax(-1, keepdim=True))
+        low, high = x.min(), x.max()
+        with torch.no_grad():
+            keep = DECAY if self.low.isfinite() else 0.0
+            self.low.copy_(keep * self.low.nan_to_num(posinf=0.0) + (1 - keep) * low)
+            self.high.copy_(keep * self.high.nan_to_num(neginf=0.0) + (1 - keep) * high)
+        return self._within(x, low, high)
+
+    def fix(self, low: Tensor, high: Tensor, kind: Kind = "min-max", link: Link = "exp", normalised: bool = True) -> Range:
+        """From now on a learned range, which starts at [low, high]; steps of min-max are relative to it."""
+        unit = (high.clamp(min=0) - low.clamp(max=0)).clamp(min=SMALLEST)
+        self.range = Range(low, high, self.bits, kind, link, normalised=normalised, unit=unit)
+        self.mode, self.sample = "learned", []
+        return self.range
+
+    def _observe(self, x: Tensor) -> None:
+        self.low.copy_(torch.minimum(self.low, x.min()))
+        self.high.copy_(torch.maximum(self.high, x.max()))
+        values = x.flatten()
+        index = torch.linspace(0, len(values) - 1, min(SAMPLE, len(values)), device=x.device).long()
+        self.sample.append(values[index].float().cpu())
+
+    def _within(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        top = 2**self.bits - 1
+        low, high = low.float().clamp(max=0), high.float().clamp(min=0)
+        scale = (high - low) / top
+        scale = moved(scale, scale.clamp(min=SMALLEST))
+        zeta = -low / scale
+        return fake_quantize(x, scale, moved(zeta, zeta.round()), top)
+
+
+class QuantLinear(nn.Module):
+    """A linear layer whose input and weight are quantized; its weight stays the layer's own parameter.
+
+    With `alpha` (one factor per input channel, Quadapter) the input is scaled by it and the weight by its inverse before either is
+    quantized: what the layer computes once alpha is folded into what comes before and into the weight.
+    """
+
+    def __init__(self, layer: nn.Module, scheme: Scheme, activation: Activation) -> None:
+        super().__init__()
+        self.layer, self.scheme, self.activation = layer, scheme, activation
+        self.alpha: nn.Parameter | None = None
+        self.range: Range | None = None
+        "Of the weight, where it is learned; otherwise its absolute maximum, inside the graph."
+        self.quantized = True
+        "Whether the weight is quantized."
+        columns = weight_of(layer).shape[1]
+        if scheme.group is not None and columns % scheme.group:
+            raise UserError(f"group {scheme.group} does not divide a row of {columns} weights; use a divisor or none")
+
+    def forward(self, x: Float[Tensor, "*n in"]) -> Float[Tensor, "*n out"]:
+        """The layer, with fake-quantized operands."""
+        alpha = None if self.alpha is None else self.alpha.exp()
+        x = self.activation(x if alpha is None else x * alpha)
+        return F.linear(x.to(self.weight.dtype), self.fake_weight().to(self.weight.dtype), self.layer.bias)  # pyright: ignore
+
+    @property
+    def weight(self) -> Float[Tensor, "out in"]:
+        """Before quantization and without alpha."""
+        return weight_of(self.layer)
+
+    def scaled_weight(self) -> Float[Tensor, "out in"]:
+        """What is quantized."""
+        return self.weight if self.alpha is None else self.weight / self.alpha.exp()
+
+    def fake_weight(self) -> Float[Tensor, "out in"]:
+        """As rounded."""
+        w = self.scaled_weight()
+        if not self.quantized:
+            return w
+        grouped = w.unflatten(1, (-1, self.scheme.group or w.shape[1]))
+        return self.weight_range(grouped)(grouped).flatten(1) if self.range is not None else self._nearest(grouped).flatten(1)
+
+    def weight_range(self, grouped: Float[Tensor, "out groups width"]) -> Range:
+        """The learned range, or the one that just holds the weights."""
+        largest = grouped.detach().abs().amax(-1, keepdim=True).float()
+        if self.range is None:
+            return Range(-largest, largest, self.scheme.weights, symmetric=True)
+        if self.range.kind == "beta-gamma":
+            self.range.rebase(-largest, largest)
+        return self.range
+
+    def _nearest(self, grouped: Tensor) -> Tensor:
+        top = 2 ** (self.scheme.weights - 1) - 1
+        scale = grouped.float().abs().amax(-1, keepdim=True) / top
+        return fake_quantize(grouped, moved(scale, scale.clamp(min=SMALLEST)), torch.full_like(scale, top), 2 * top)
+
+    def learn_range(self, kind: Kind = "min-max", link: Link = "exp") -> Range:
+        """From now on the weight's range is learned; it starts at the absolute maximum."""
+        grouped = self.scaled_weight().detach().unflatten(1, (-1, self.scheme.group or self.weight.shape[1])).float()
+        largest = grouped.abs().amax(-1, keepdim=True)
+        self.range = Range(-largest, largest, self.scheme.weights, kind, link, symmetric=True, unit=largest.clamp(min=SMALLEST))
+        return self.range
+
+
+@dataclass(frozen=True)
+class StaticLayer:
+    """One linear layer as a runtime stores it: value = scale (code - zero)."""
+
+    codes: Int8[Tensor, "out in"]
+    "Symmetric and narrow: -(2^(bits-1) - 1) .. 2^(bits-1) - 1."
+    scale: Float[Tensor, "out"]
+    bias: Float[Tensor, "out"] | None
+    weight_bits: int
+    input_scale: float
+    input_zero: int
+    "0 .. 2^input_bits - 1, as the input's codes."
+    input_bits: int
+
+
+def simulate(model: PreTrainedModel, scheme: Scheme) -> dict[str, QuantLinear]:
+    """Puts a QuantLinear, in mode `float` and with quantized weights, in the place of every linear layer of the decoder blocks; by full name."""
+    path, blocks = decoder_list(model)
+    found: dict[str, QuantLinear] = {}
+    for i, block in enumerate(blocks):
+        layers = {name: m for name, m in block.named_modules() if isinstance(m, LINEAR)}
+        shared = {name: group[0] for group in readers(model) for name in group}
+        activations: dict[str, Activation] = {}
+        for name, layer in layers.items():
+            activation = activations.setdefault(shared.get(name, name), Activation(scheme.activations))
+            found[f"{path}.{i}.{name}"] = quant = QuantLinear(layer, scheme, activation)
+            parent, _, leaf = name.rpartition(".")
+            block.get_submodule(parent)._modules[leaf] = quant
+    return found
+
+
+def restore(model: PreTrainedModel, layers: dict[str, QuantLinear]) -> None:
+    """Puts the layers themselves back; what was learned about them is lost unless it was folded into them."""
+    for name, quant in layers.items():
+        parent, _, leaf = name.rpartition(".")
+        model.get_submodule(parent)._modules[leaf] = quant.layer
+
+
+def readers(model: PreTrainedModel) -> list[tuple[str, ...]]:
+    """Layers of a block that read the same tensor, where the family is known."""
+    family = family_of(model)
+    return [] if family is None else [fold.after for fold in family.folds if len(fold.after) > 1]
+
+
+def activations_of(layers: dict[str, QuantLinear]) -> Iterator[tuple[str, Activation]]:
+    """Every quantizer once, by the name of the first layer that reads it."""
+    seen: set[Activation] = set()
+    for name, quant in layers.items():
+        if quant.activation not in seen:
+            seen.add(quant.activation)
+            yield name, quant.activation
+
+
+def set_mode(layers: dict[str, QuantLinear], mode: Mode) -> None:
+    """Of every activation."""
+    for _, activation in activations_of(layers):
+        activation.mode = mode
+
+
+@torch.no_grad()
+def static_layer(quant: QuantLinear) -> StaticLayer:
+    """A layer whose activation has a learned range, as a runtime stores it; alpha must have been folded."""
+    if quant.alpha is not None or quant.scheme.group is not None or quant.activation.range is None:
+        raise UserError("only folded layers with a scale per row and static input ranges can be exported as integers")
+    w = quant.weight.float()
+    range_ = quant.weight_range(w[:, None])
+    scale, zero = range_.scale_zero()
+    input_scale, input_zero = quant.activation.range.scale_zero()
+    return StaticLayer(
+        codes=(range_.codes(w[:, None]) - zero.int())[:, 0].to(torch.int8),
+        scale=scale.flatten(),
+        bias=quant.layer.bias.detach() if quant.layer.bias is not None else None,  # pyright: ignore
+        weight_bits=quant.scheme.weights,
+        input_scale=float(input_scale),
+        input_zero=int(input_zero),
+        input_bits=quant.activation.bits,
+    )
