@@ -187,7 +187,7 @@ class StaticLayer:
 
 
 def simulate(model: PreTrainedModel, scheme: Scheme) -> dict[str, QuantLinear]:
-    """Puts a QuantLinear, in mode `float` and with quantized weights, in the place of every linear layer of the decoder blocks; by full name."""
+    """Puts a QuantLinear, its input still float, in the place of every linear layer of the decoder blocks; by full name."""
     path, blocks = decoder_list(model)
     found: dict[str, QuantLinear] = {}
     for i, block in enumerate(blocks):
