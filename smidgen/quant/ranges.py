@@ -18,6 +18,9 @@ d = z - zeta:
 which is what automatic differentiation makes of these lines. 0 has a code: ends are moved to low <= 0 <= high, and a scale is never below
 SMALLEST; both only in value, so that a range that collapsed or crossed still has a gradient to come back by.
 
+Inputs: +-inf take the end codes and give ranges the gradient of any clipped value; NaN stays NaN, as do the gradients it touches, and
+has no code; of an empty tensor nothing is clipped. All zeros start a range at [-1, 1], a constant one from 0 to itself.
+
 What of this is the paper's and what is ours (its full text could not be had): docs/methods.md.
 """
 
@@ -80,7 +83,7 @@ class Range(nn.Module):
             self.scale = nn.Parameter(scale * self.top if normalised else scale)
             self.offset = None if symmetric else nn.Parameter(zeta / self.top if normalised else zeta)
         elif kind == "min-max":
-            self.register_buffer("unit", torch.ones_like(high) if unit is None else unit.detach().clone())
+            self.register_buffer("unit", torch.ones_like(high) if unit is None else torch.where(empty, 1.0, unit.detach()))
             self.low = None if symmetric else nn.Parameter(low / self.unit)
             self.high = nn.Parameter(high / self.unit)
         else:
@@ -119,7 +122,8 @@ class Range(nn.Module):
     def scale_zero(self) -> tuple[Float[Tensor, "*per"], Float[Tensor, "*per"]]:
         """s > 0 and the whole number z, 0 <= z <= N."""
         if self.kind == "scale-offset":
-            scale = self.scale.abs() / (self.top if self.normalised else 1)  # what crossed zero comes back from the other side
+            scale = torch.where(self.scale < 0, -self.scale, self.scale)  # what crosses zero, or starts there, comes back
+            scale = scale / (self.top if self.normalised else 1)
             scale = moved(scale, scale.clamp(min=SMALLEST))
             zeta = torch.full_like(scale, self.top / 2) if self.offset is None else self.offset * (self.top if self.normalised else 1)
         else:
@@ -135,22 +139,32 @@ class Range(nn.Module):
 
     def codes(self, x: Float[Tensor, "*any"]) -> Int[Tensor, "*any"]:
         """Codes 0 .. N of `x`."""
-        scale, zero = self.scale_zero()
-        return (torch.round(x / scale) + zero).clamp(0, self.top).to(torch.int32)
+        code = self._unclipped(x)
+        if bool(code.isnan().any()):
+            raise UserError("NaN has no code; are there such activations or weights?")
+        return code.clamp(0, self.top).to(torch.int32)
 
     def clipped(self, x: Float[Tensor, "*any"]) -> float:
         """The share of `x` whose code had to be clipped."""
+        code = self._unclipped(x)
+        return float(((code < 0) | (code > self.top)).sum()) / max(1, code.numel())
+
+    def _unclipped(self, x: Tensor) -> Tensor:
         scale, zero = self.scale_zero()
-        code = torch.round(x / scale) + zero
-        return float(((code < 0) | (code > self.top)).float().mean())
+        return (at_least_float32(x) / scale).round() + zero
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:
     """s (clip(round(x / s) + z, 0, N) - z), differentiable in all three as the table above says."""
-    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    steps = x / scale
+    reach = (top + 1) * scale.detach()  # beyond it every code is clipped, and 0 times infinity, in the gradient, is NaN
+    steps = at_least_float32(x).clamp(-reach, reach) / scale
     code = moved(steps, steps.round()) + zero
     return scale * (code.clamp(0, top) - zero)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision would round the codes themselves: a tensor's type prevails over that of a scale without dimensions."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 class _Moved(torch.autograd.Function):
