@@ -42,7 +42,8 @@ class Run:
 
     def __init__(self, job: str, config: Any, folder: Path | None = None, label: str = "") -> None:
         stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-        self.folder = folder or _unused(Path("runs") / job / "-".join(filter(None, (stamp, label))))
+        names = job.split()  # "lab ranges" is a command of a command
+        self.folder = folder or _unused(Path("runs", *names) / "-".join(filter(None, (stamp, label))))
         self.console = Console(stderr=True, highlight=False)
         self.started = time.monotonic()
         if (self.folder / "metrics.json").exists():
@@ -52,7 +53,10 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "steps.jsonl").write_text("")
         (self.folder / "log.txt").write_text("")
-        (self.folder / "config.yaml").write_text(yaml.safe_dump({job: _plain(config)}, sort_keys=False))
+        nested = _plain(config)
+        for name in reversed(names):
+            nested = {name: nested}
+        (self.folder / "config.yaml").write_text(yaml.safe_dump(nested, sort_keys=False))
         self.save("environment.json", {"job": job} | _environment())
 
     def __enter__(self) -> "Run":
