@@ -61,6 +61,18 @@ def by_block(series: Mapping[str, Points], y_label: str, title: str) -> str:
         return _svg(figure, title)
 
 
+def by_step(series: Mapping[str, Points], y_label: str, title: str) -> str:
+    """A line per series over the steps of a training, both axes logarithmic where values differ much: points are (step, value)."""
+    with _style(title):
+        figure, axes = _axes(WIDE, 3.6)
+        _draw(axes, series, size=0.0)
+        axes.set(xlabel="step", ylabel=y_label, xscale="log")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        _scale(axes, [y for points in series.values() for _, y in points])
+        _legend(figure, axes)
+        return _svg(figure, title)
+
+
 def perplexity_by_bits(series: Mapping[str, Points], baselines: Mapping[str, int | float], title: str) -> str:
     """Perplexity against bits per weight, a line per series; baselines are levels, such as the float model's."""
     with _style(title):

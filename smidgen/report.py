@@ -59,6 +59,11 @@ SQNR = (
 RELATIVE = "Size of a matrix's error relative to the matrix, ‖Ŵ − W‖ / ‖W‖. Without calibration text nothing is known of the outputs."
 MEAN = "Mean over the layers of each block, measured by each method's own loss on its calibration text."
 MIXED = " Query, key and value layers are left out: methods weigh them by different losses."
+VERDICTS = (
+    "Mean of the last tenth of the steps, as a multiple of the best loss that a grid of ends reaches. Converges: never above 1.3 times it "
+    "in the last tenth. Oscillates: rises past 1.3 again there, or to more than twice what it had come down to. Diverges: ends above "
+    "where it started. Slow: still falling by 2 % from tenth to tenth. Sticks: rests above 1.3."
+)
 UNCALIBRATED = " Runs without calibration text, such as RTN, have no SQNR and are not drawn."
 
 
@@ -159,6 +164,14 @@ class Finished:
         for line, row in enumerate(self.steps, start=1):
             if type(row.get("block")) is not int or not isinstance(row.get("layer"), str):
                 raise UserError(f"{self.folder / 'steps.jsonl'}, line {line}: damaged, it lacks a block or layer")
+        return self.steps
+
+    def cases(self) -> list[dict[str, Any]]:
+        """The rows of steps.jsonl, checked to be about cases of `smidgen lab ranges`."""
+        for line, row in enumerate(self.steps, start=1):
+            lacking = {"data", "bits", "rate", "start", "form", "verdict", "ratio_tail", "low", "high", "curve"} - row.keys()
+            if lacking:
+                raise UserError(f"{self.folder / 'steps.jsonl'}, line {line}: damaged, it lacks {', '.join(sorted(lacking))}")
         return self.steps
 
 
@@ -423,7 +436,7 @@ def again(run: Finished) -> str:
     """The command that repeats a run; into a new folder where the run's own was chosen by name."""
     named = re.search(r"^output: (?!null$)", run.config, re.MULTILINE)
     output = ["--output", f"{run.folder}-again"] if named else []
-    return shlex.join(["smidgen", run.job, "--config", str(run.folder / "config.yaml"), *output])
+    return shlex.join(["smidgen", *run.job.split(), "--config", str(run.folder / "config.yaml"), *output])
 
 
 def layer_sections(run: Finished) -> list[Section]:
@@ -486,7 +499,45 @@ def sample(prompt: str, before: str, after: str) -> Sample:
     return Sample(prompt, shared, before[len(shared) :], after[len(shared) :])
 
 
-JOBS = {"quantize": quantization, "evaluate": evaluation}
+# --- learned ranges --------------------------------------------------------------------------------------------------
+
+
+def learned_ranges(run: Finished) -> list[Section]:
+    """A run of `smidgen lab ranges`."""
+    settings: dict[str, list[dict[str, Any]]] = {}
+    for row in run.cases():
+        settings.setdefault(f"{row['data']}, {row['bits']} bits, rate {row['rate']:g}, start {row['start']}", []).append(row)
+    forms = list(dict.fromkeys(row["form"] for rows in settings.values() for row in rows))
+    named = {name: rows for name, rows in settings.items() if rows[0].get("case")} or settings
+    figures = [Figure(*curves(name, rows)) for name, rows in named.items()]
+    return [
+        Section(
+            "How every case ended", note=VERDICTS, table=Table(["", *forms], [verdicts(n, rows, forms) for n, rows in settings.items()])
+        ),
+        Section("Loss over reference, step by step", figures=figures),
+        Section("Figures", facts=facts(run, set())),
+    ]
+
+
+def verdicts(name: str, rows: list[dict[str, Any]], forms: list[str]) -> list[Cell]:
+    """A setting's row of the table: verdict and mean ratio of the tail, form by form."""
+    by_form = {row["form"]: row for row in rows}
+    found = [by_form.get(form) for form in forms]
+    cells = [Cell(f"{r['verdict']}\n{number(r['ratio_tail'])}", best=r["verdict"] == "converges") if r else Cell(DASH) for r in found]
+    return [Cell(name), *cells]
+
+
+def curves(name: str, rows: list[dict[str, Any]]) -> tuple[str, str]:
+    """The picture of a setting and what is said under it."""
+    series = {row["form"]: [(step, value) for step, value in row["curve"] if math.isfinite(finite(value))] for row in rows}
+    case = f"{rows[0]['case']}: " if rows[0].get("case") else ""
+    ends = ", ".join(f"{row['form']} [{number(row['low'])}, {number(row['high'])}]" for row in rows)
+    return plots.by_step({form: points for form, points in series.items() if points}, "loss over reference", case + name), (
+        f"{case}{name}. Ends at last: {ends}."
+    )
+
+
+JOBS = {"quantize": quantization, "evaluate": evaluation, "lab ranges": learned_ranges}
 
 
 # --- several runs ----------------------------------------------------------------------------------------------------
