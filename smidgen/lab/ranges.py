@@ -124,8 +124,13 @@ class Config:
 def command(config: Config) -> dict[str, Any]:
     """Learn the range of one tensor in six ways, over a grid of settings."""
     check(config)
-    with Run("lab ranges", config, config.output) as run:
-        return main(config, run)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a batch is so small that a second thread waits more than it works
+    try:
+        with Run("lab ranges", config, config.output) as run:
+            return main(config, run)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def check(config: Config) -> None:
