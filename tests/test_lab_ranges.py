@@ -6,6 +6,8 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from cyclopts import App
+from cyclopts.config import Yaml
 
 from smidgen.errors import UserError
 from smidgen.lab.ranges import CASES, FORMS, Adam, Config, Form, Result, Setting, command, learned, reference, samples
@@ -147,12 +149,17 @@ def test_command_learns_a_grid_and_draws_it(tmp_path, capsys):
     assert "normal    3    0.01  x3" in capsys.readouterr().err
 
 
-def test_same_seed_same_figures(tmp_path):
-    runs = [tmp_path / "a", tmp_path / "b"]
-    for folder in runs:
-        command(Config(data=("relu",), bits=(4,), rate=(1e-2,), start=("x1",), form=("exp",), steps=100, output=folder))
-    a, b = ((folder / "steps.jsonl").read_text() for folder in runs)
-    assert a == b
+def test_a_recipe_repeats_the_figures_of_a_command_of_a_command(tmp_path):
+    app, lab = (App(name=name, result_action="return_value") for name in ("smidgen", "lab"))
+    app.command(lab)
+    lab.command(command, name="ranges")
+    a, b = tmp_path / "a", tmp_path / "b"
+    options = "--data relu --bits 3 4 --rate 0.01 --start x1 x3 --form exp --steps 100 --seed 2"
+    app(["lab", "ranges", *options.split(), "--output", str(a)], exit_on_error=False, print_error=False)
+    app.config = [Yaml(a / "config.yaml", must_exist=True)]
+    app(["lab", "ranges", "--output", str(b)], exit_on_error=False, print_error=False)
+    rows = (a / "steps.jsonl").read_text()
+    assert rows == (b / "steps.jsonl").read_text() and rows.count("\n") == 4
 
 
 @pytest.mark.parametrize(

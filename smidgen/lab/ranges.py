@@ -20,7 +20,7 @@ u min and v max, u and v on a grid from 0.2 to 1. The verdict on a case looks at
     slow        neither, and the tail's mean is still 2 % or more below that of as many steps before
     sticks      none of these: it rests above 1.3
 
-The protocol and the cases C1 to C5 are ours; the paper's text could not be had, and no figure here is the paper's.
+Cases with a name, C1 to C5, are drawn. The protocol and the cases are ours: the paper's text could not be had, and no figure here is its.
 """
 
 import math
@@ -28,7 +28,7 @@ import time
 from dataclasses import KW_ONLY, dataclass
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -107,7 +107,7 @@ class Config:
     "Where ranges start: at the samples' ends, three times as wide, or at [-0.5, 8]."
     form: Annotated[tuple[Form, ...], Parameter(consume_multiple=True)] = tuple(FORMS)
     "Parameterizations."
-    steps: int = 2000
+    steps: int = 4000
     "Adam steps, 100 or more."
     seed: int = 0
     "Draws the samples."
@@ -121,7 +121,10 @@ class Config:
         return [Setting(d, bits, r, s) for d, r, s in product(self.data, self.rate, self.start)]
 
 
-def command(config: Config) -> dict[str, Any]:
+DEFAULT = Config()
+
+
+def command(config: Config = DEFAULT) -> dict[str, Any]:
     """Learn the range of one tensor in six ways, over a grid of settings."""
     check(config)
     threads = torch.get_num_threads()
@@ -168,7 +171,7 @@ def main(config: Config, run: Run) -> dict[str, Any]:
     verdicts = [(form, result.verdict) for forms in results.values() for form, result in forms.items()]
     metrics = run.finish(
         cases=len(verdicts),
-        verdicts={form: {v: verdicts.count((form, v)) for v in Verdict.__args__ if (form, v) in verdicts} for form in config.form},
+        verdicts={form: {v: verdicts.count((form, v)) for v in get_args(Verdict) if (form, v) in verdicts} for form in config.form},
         steps=config.steps,
         samples=SAMPLES,
         seed=config.seed,
