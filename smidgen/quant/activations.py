@@ -5,8 +5,8 @@
 
 The mean squared error of a range is clipping at its ends plus rounding inside, s^2 / 12; a few outliers are better clipped than given the
 scale. Both ends are searched together on a grid of ratios, twice: equal steps of the logarithm first, then finer ones around the best.
-The sample leaves out most values and nearly always the extremes, so low and high are added with the weight they have among all values;
-without it a rare but huge value would be clipped as if it were not there. (What the papers search is not known to us; qat.md, section 5.)
+The sample leaves out most values and often the extremes; then these are added, with the weight they have among all values, lest a rare
+but huge value be clipped as if it were not there. The search is ours: what the Quadapter paper's ranges start from is not known to us.
 """
 
 from typing import Literal
@@ -41,10 +41,11 @@ def search(activation: Activation) -> tuple[Float[Tensor, ""], Float[Tensor, ""]
     """The best ends of an observed activation."""
     sample = torch.cat(activation.sample).double()
     sample = sample[:: -(-len(sample) // VALUES)]
-    low, high = (end.double().cpu() for end in (activation.low.clamp(max=0), activation.high.clamp(min=0)))
-    weights = torch.ones(len(sample) + 2, dtype=torch.float64)
-    weights[-2:] = len(sample) / activation.count
-    values = torch.cat([sample, torch.stack([activation.low, activation.high]).double().cpu()])
+    ends = torch.stack([activation.low, activation.high]).double().cpu()
+    missed = ends[~torch.isin(ends, sample)]
+    values = torch.cat([sample, missed])
+    weights = torch.cat([torch.ones_like(sample), torch.full_like(missed, len(sample) / activation.count)])
+    low, high = ends[0].clamp(max=0), ends[1].clamp(min=0)
     p = q = torch.tensor(1.0, dtype=torch.float64)
     for ratios in (COARSE, FINE):
         below, above = (p * ratios).clamp(max=1), (q * ratios).clamp(max=1)

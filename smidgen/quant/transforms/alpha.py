@@ -149,7 +149,7 @@ class Adapted:
         return float(self.targets.square().mean())
 
     @torch.no_grad()
-    def largest_inputs(self) -> list[Float[Tensor, "channels"]]:
+    def largest_inputs(self) -> list[Float[Tensor, "_"]]:
         """max |x_j| over all tokens, of every channel of every site, in the float block."""
         largest = [torch.zeros(len(s.source), device=s.a.device) for s in self.sites]
 
@@ -214,7 +214,7 @@ def _attach(consumers: list[QuantLinear], a: nn.Parameter, source: Int[Tensor, "
 class Factors:
     """What was found, by full name: of sites the producer's, of activations the first reader's."""
 
-    a: dict[str, Float[Tensor, "channels"]] = field(default_factory=dict)
+    a: dict[str, Float[Tensor, "_"]] = field(default_factory=dict)
     low: dict[str, Float[Tensor, ""]] = field(default_factory=dict)
     high: dict[str, Float[Tensor, ""]] = field(default_factory=dict)
     "Running ranges of the inputs as scaled; infinite where every token has its own."

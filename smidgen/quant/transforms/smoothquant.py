@@ -41,7 +41,7 @@ class SmoothQuant:
         return {"error_before": start, "migration": best}
 
 
-def smooth(block: Adapted, inputs: list[Float[Tensor, "channels"]], t: float) -> None:
+def smooth(block: Adapted, inputs: list[Float[Tensor, "_"]], t: float) -> None:
     """Sets a at every site, given max|X_j| of each."""
     for site, largest in zip(block.sites, inputs, strict=True):
         site.set(closed_form(site, largest, t))
