@@ -29,10 +29,9 @@ from smidgen.errors import UserError
 from smidgen.quant.ranges import Kind, Link
 from smidgen.quant.simulate import QuantLinear, activations_of
 from smidgen.quant.transforms.alpha import Adapted
-from smidgen.quant.transforms.smoothquant import smooth
+from smidgen.quant.transforms.smoothquant import SmoothQuant
 
 EPSILON = 1e-15  # of Adam: the size of a block's outputs is not to matter
-START = 0.5  # SmoothQuant's t
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Quadapter:
     learning_rate: float = 0.02
     "Of a, relative therefore; falls to 0 along a cosine. From init smoothquant a quarter of it."
     init: Literal["ones", "smoothquant"] = "ones"
-    "Where factors start."
+    "Where factors start; smoothquant: at the best t, than which the end is never worse."
     seed: int = 0
     "Of the order of batches."
 
@@ -59,7 +58,7 @@ class Quadapter:
         before = least = block.error()
         rate = self.learning_rate
         if self.init == "smoothquant":
-            smooth(block, block.largest_inputs(), START)
+            SmoothQuant()(block)
             least, rate = block.error(), rate / 4
         start = [site.a.detach().clone() for site in block.sites]
         self._descend(block, rate)
