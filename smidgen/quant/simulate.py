@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 from smidgen.errors import UserError
 from smidgen.quant.blocks import decoder_list, family_of
+from smidgen.quant.families import Family
 from smidgen.quant.linear import LINEAR, weight_of
 from smidgen.quant.ranges import Kind, Link, Range, fake_quantize, moved
 
@@ -64,6 +65,8 @@ class Activation(nn.Module):
         self.register_buffer("low", torch.tensor(torch.inf))
         self.register_buffer("high", torch.tensor(-torch.inf))
         self.sample: list[Tensor] = []
+        self.count = 0
+        "Values observed, of which the sample is a part."
 
     def forward(self, x: Float[Tensor, "*n width"]) -> Float[Tensor, "*n width"]:
         """`x`, quantized as the mode says."""
@@ -88,7 +91,7 @@ class Activation(nn.Module):
         """From now on a learned range, which starts at [low, high]; steps of min-max are relative to it."""
         unit = (high.clamp(min=0) - low.clamp(max=0)).clamp(min=SMALLEST)
         self.range = Range(low, high, self.bits, kind, link, normalised=normalised, unit=unit)
-        self.mode, self.sample = "learned", []
+        self.mode, self.sample, self.count = "learned", [], 0
         return self.range
 
     def _observe(self, x: Tensor) -> None:
@@ -97,6 +100,7 @@ class Activation(nn.Module):
         values = x.flatten()
         index = torch.linspace(0, len(values) - 1, min(SAMPLE, len(values)), device=x.device).long()
         self.sample.append(values[index].float().cpu())
+        self.count += len(values)
 
     def _within(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
         top = 2**self.bits - 1
@@ -110,14 +114,17 @@ class Activation(nn.Module):
 class QuantLinear(nn.Module):
     """A linear layer whose input and weight are quantized; its weight stays the layer's own parameter.
 
-    With `alpha` (one factor per input channel, Quadapter) the input is scaled by it and the weight by its inverse before either is
-    quantized: what the layer computes once alpha is folded into what comes before and into the weight.
+    With `alpha` (logarithms of one factor per input channel, Quadapter) the input is scaled by the factors and the weight by their
+    inverses before either is quantized: what the layer computes once they are folded into what comes before and into the weight.
     """
+
+    source: Tensor | None
 
     def __init__(self, layer: nn.Module, scheme: Scheme, activation: Activation) -> None:
         super().__init__()
         self.layer, self.scheme, self.activation = layer, scheme, activation
         self.alpha: nn.Parameter | None = None
+        self.register_buffer("source", None, persistent=False)  # columns' entries in alpha, where some share one
         self.range: Range | None = None
         "Of the weight, where it is learned; otherwise its absolute maximum, inside the graph."
         self.quantized = True
@@ -128,8 +135,8 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*n in"]) -> Float[Tensor, "*n out"]:
         """The layer, with fake-quantized operands."""
-        alpha = None if self.alpha is None else self.alpha.exp()
-        x = self.activation(x if alpha is None else x * alpha)
+        factors = self.factors()
+        x = self.activation(x if factors is None else x * factors)
         return F.linear(x.to(self.weight.dtype), self.fake_weight().to(self.weight.dtype), self.layer.bias)  # pyright: ignore
 
     @property
@@ -139,7 +146,14 @@ class QuantLinear(nn.Module):
 
     def scaled_weight(self) -> Float[Tensor, "out in"]:
         """What is quantized."""
-        return self.weight if self.alpha is None else self.weight / self.alpha.exp()
+        factors = self.factors()
+        return self.weight if factors is None else self.weight / factors
+
+    def factors(self) -> Float[Tensor, "in"] | None:
+        """exp(alpha), one per input channel."""
+        if self.alpha is None:
+            return None
+        return (self.alpha if self.source is None else self.alpha[self.source]).exp()
 
     def fake_weight(self) -> Float[Tensor, "out in"]:
         """As rounded."""
@@ -191,18 +205,31 @@ def simulate(model: PreTrainedModel, scheme: Scheme) -> dict[str, QuantLinear]:
     path, blocks = decoder_list(model)
     found: dict[str, QuantLinear] = {}
     for i, block in enumerate(blocks):
-        layers = {name: m for name, m in block.named_modules() if isinstance(m, LINEAR)}
-        shared = {name: group[0] for group in readers(model) for name in group}
-        activations: dict[str, Activation] = {}
-        for name, layer in layers.items():
-            activation = activations.setdefault(shared.get(name, name), Activation(scheme.activations))
-            found[f"{path}.{i}.{name}"] = quant = QuantLinear(layer, scheme, activation)
-            parent, _, leaf = name.rpartition(".")
-            block.get_submodule(parent)._modules[leaf] = quant
+        found |= {f"{path}.{i}.{name}": quant for name, quant in simulate_block(block, family_of(model), scheme).items()}
     return found
 
 
-def restore(model: PreTrainedModel, layers: dict[str, QuantLinear]) -> None:
+def simulate_block(block: nn.Module, family: Family | None, scheme: Scheme) -> dict[str, QuantLinear]:
+    """The same for one block; by name inside it."""
+    layers = {name: m for name, m in block.named_modules() if isinstance(m, LINEAR)}
+    shared = {name: group[0] for group in same_input(family) for name in group}
+    activations: dict[str, Activation] = {}
+    found: dict[str, QuantLinear] = {}
+    for name, layer in layers.items():
+        activation = activations.setdefault(shared.get(name, name), Activation(scheme.activations))
+        found[name] = QuantLinear(layer, scheme, activation)
+    install(block, found)
+    return found
+
+
+def install(model: nn.Module, layers: dict[str, QuantLinear]) -> None:
+    """Puts the simulated layers in the place of those they hold."""
+    for name, quant in layers.items():
+        parent, _, leaf = name.rpartition(".")
+        model.get_submodule(parent)._modules[leaf] = quant
+
+
+def restore(model: nn.Module, layers: dict[str, QuantLinear]) -> None:
     """Puts the layers themselves back; what was learned about them is lost unless it was folded into them."""
     for name, quant in layers.items():
         parent, _, leaf = name.rpartition(".")
@@ -211,7 +238,11 @@ def restore(model: PreTrainedModel, layers: dict[str, QuantLinear]) -> None:
 
 def readers(model: PreTrainedModel) -> list[tuple[str, ...]]:
     """Layers of a block that read the same tensor, where the family is known."""
-    family = family_of(model)
+    return same_input(family_of(model))
+
+
+def same_input(family: Family | None) -> list[tuple[str, ...]]:
+    """The same by family."""
     return [] if family is None else [fold.after for fold in family.folds if len(fold.after) > 1]
 
 

@@ -43,9 +43,7 @@ def fold(block: Block, stats: dict[str, Stats], grid: Grid, damp: float, dtype: 
         after = [m for m in block.matrices() if m.layer in site.after]
         source = channels(block, site, after[0].weight().shape[1])
         zeta = factors([(m.weight(), stats[m.name]) for m in after], source, grid, damp, positive=site.through == "relu")
-        zeta = absorb(block, site, zeta, stats, dtype)
-        for matrix in after:
-            matrix.weight().div_(zeta[source])
+        zeta = move(block, site, zeta, stats, dtype)
         rescale([stats[m.name] for m in after], zeta[source])
 
 
@@ -118,24 +116,38 @@ class _Rows:
         return tuple((self.cost * (values * t).sum(-2)).sum(0) for t in (self.w, values))  # type: ignore[return-value]
 
 
+def move(block: Block, site: Fold, zeta: Float[Tensor, "channels"], stats: dict[str, Stats], dtype: torch.dtype) -> Tensor:
+    """Moves factors out of the columns of the layers of a site into what comes before; returns those it really moved."""
+    after = [m for m in block.matrices() if m.layer in site.after]
+    source = channels(block, site, after[0].weight().shape[1])
+    zeta = absorb(block, site, zeta, stats, dtype)
+    for matrix in after:
+        matrix.weight().div_(zeta[source])
+    return zeta
+
+
 def absorb(block: Block, site: Fold, zeta: Float[Tensor, "channels"], stats: dict[str, Stats], dtype: torch.dtype) -> Tensor:
-    """Multiplies what comes before by zeta; returns the factors it really took."""
+    """Multiplies what comes before by zeta, and `stats` of it if there are any; returns the factors it really took."""
     before = block.module.get_submodule(site.before)
     if isinstance(before, LINEAR):
         rows = _rows_before(block, site)
         rows.weight().mul_(zeta[:, None])
         if before.bias is not None:
             before.bias[rows.rows].mul_(zeta)
-        factor = stats[rows.name].h_out
+        factor = stats[rows.name].h_out if stats else None
         if factor is not None:
             factor.div_((zeta[:, None] * zeta).view(len(factor), len(factor[0]), len(factor), -1).diagonal(dim1=0, dim2=2).permute(2, 0, 1))
         return zeta
-    gain = before.get_parameter("weight")
-    folded = (gain * zeta).to(dtype).to(gain.dtype)
-    zeta = torch.where((gain != 0) & (folded != 0), folded / gain, 1.0)
+    zeta = storable(before.get_parameter("weight"), zeta, dtype)
     for parameter in before.parameters():  # gain and bias
         parameter.mul_(zeta)
     return zeta
+
+
+def storable(gain: Float[Tensor, "channels"], zeta: Float[Tensor, "channels"], dtype: torch.dtype) -> Float[Tensor, "channels"]:
+    """The factors nearest to zeta with which the gain can be stored in `dtype`; a gain of 0 takes none."""
+    folded = (gain * zeta).to(dtype).to(gain.dtype)
+    return torch.where((gain != 0) & (folded != 0), folded / gain, 1.0)
 
 
 def rescale(stats: list[Stats], zeta: Float[Tensor, "columns"]) -> None:

@@ -1,0 +1,361 @@
+"""One positive factor per channel between a producer and its consumers: what Quadapter, SmoothQuant and equalization have in common.
+
+    y = Q_a(alpha * x) Q_w(W / alpha)^T + b,    alpha = exp(a)
+
+x are the channels a producer makes (a norm, or the rows of a linear layer) and W the weights of every consumer of them, (out, in).
+Without quantizers nothing changes; with them alpha decides which channels get the range's resolution and which the weights'. Folded,
+the producer's rows are multiplied by alpha and the columns of W divided by it: the same operations on the same numbers, and no alpha.
+
+    kind      producer -> consumers                                exact because
+    norm      norm's gain and bias -> q, k, v or gate, up          a norm is affine in its gain and bias
+    heads     v -> output projection                               attention mixes tokens, not channels
+    product   up -> down                                           activation(gate) * up is linear in up
+    relu      fc1 -> fc2                                           relu(alpha x) = alpha relu(x) for alpha > 0
+
+Not foldable, so refused: GELU (not homogeneous), the head (tied, it is the embedding; untied, it is not quantized), norms whose output
+the residual stream keeps. alpha times a constant is the same model where ranges follow the values, so a has mean 0 at every site.
+Which of these sites the Quadapter paper uses is not known to us; two in a GPT-2 block fit the norms.
+
+Why a driver over blocks and not a step inside `smidgen quantize`: blocks get the float model's inputs and are matched to its outputs, so
+what one block learned does not depend on the others, and a run that was interrupted goes on with the block it was at.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from smidgen.errors import UserError
+from smidgen.quant.blocks import Block, decoder_list, family_of, walk
+from smidgen.quant.checkpoint import Checkpoint
+from smidgen.quant.families import Fold
+from smidgen.quant.linear import LINEAR, weight_of
+from smidgen.quant.simulate import Mode, QuantLinear, Scheme, activations_of, install, restore, set_mode, simulate_block
+from smidgen.quant.transforms.zfold import channels, move, storable
+from smidgen.run import PARTIAL, Run
+
+KINDS = ("norm", "heads", "product", "relu")
+ABSENT = {
+    "norm": "its norms' outputs stay in the residual stream",
+    "heads": "the family has none",
+    "product": "its MLP is not gated",
+    "relu": "only a relu passes positive factors on, and there is none between two of its layers (GELU does not)",
+}
+SMALLEST = 1e-5  # of a largest absolute value, so that channels of zeros have logarithms
+
+
+@dataclass
+class Site:
+    """Where a factor per channel sits."""
+
+    fold: Fold
+    a: nn.Parameter
+    "Logarithms of the factors, (channels,); the very object every consumer has as `alpha`."
+    source: Int[Tensor, "columns"]
+    "The channel every column of the consumers reads."
+    live: Tensor
+    "Channels that can take a factor: not those whose gain is 0."
+    consumers: list[QuantLinear] = field(repr=False)
+    producer: nn.Module = field(repr=False)
+
+    @torch.no_grad()
+    def set(self, a: Float[Tensor, "channels"]) -> None:
+        """Takes new logarithms; their mean becomes 0."""
+        self.a.copy_(torch.where(self.live, a - a[self.live].sum() / self.live.sum().clamp(min=1), 0.0))
+
+    @torch.no_grad()
+    def store(self, dtype: torch.dtype) -> None:
+        """Rounds to factors with which the gain can be stored in `dtype`, so that folding them later changes nothing."""
+        if not isinstance(self.producer, LINEAR):
+            factors = storable(self.producer.get_parameter("weight"), self.a.exp(), dtype)
+            self.a.copy_(factors.log())
+
+    def largest_weights(self) -> Float[Tensor, "channels"]:
+        """max |W_j| over the rows of all consumers, of every channel's columns."""
+        columns = torch.stack([q.weight.detach().abs().amax(0).float() for q in self.consumers]).amax(0)
+        return self.per_channel(columns)
+
+    def per_channel(self, columns: Float[Tensor, "columns"]) -> Float[Tensor, "channels"]:
+        """The largest of the columns that share a channel."""
+        return columns.new_zeros(len(self.a)).scatter_reduce_(0, self.source, columns, "amax")
+
+
+def check(model: PreTrainedModel, kinds: tuple[str, ...]) -> None:
+    """Refuses sites that the model lacks or that cannot take factors; works without weights."""
+    if "head" in kinds:
+        tied = model.config.get_text_config().tie_word_embeddings
+        why = "it is tied to the embedding, which they would change too" if tied else "it is not quantized and gains nothing by them"
+        raise UserError(f"the head takes no factors: {why}; leave it out of the sites")
+    for block in _blocks(model):
+        legal(block, kinds)
+
+
+def legal(block: Block, kinds: tuple[str, ...]) -> list[Fold]:
+    """The sites of these kinds in a block; a UserError where the family has none of a kind."""
+    if block.family is None:
+        raise UserError(f"{block.name}: the layers of this family of models are not known, so no factors can be folded into them")
+    found = [_kind(block, fold) for fold in block.family.folds]
+    for kind in kinds:
+        if kind not in KINDS:
+            raise UserError(f"'{kind}' is no kind of site; choose among {', '.join(KINDS)}")
+        if kind not in found:
+            raise UserError(f"{block.name} has no site of kind '{kind}': {ABSENT[kind]}; leave it out of the sites")
+    return [fold for fold, kind in zip(block.family.folds, found, strict=True) if kind in kinds]
+
+
+def _kind(block: Block, fold: Fold) -> str | None:
+    if not isinstance(block.module.get_submodule(fold.before), LINEAR):
+        return "norm" if block.pre_norm() else None
+    if fold.through == "relu":  # a family's default: single models may have another activation in its place
+        return "relu" if any(isinstance(m, nn.ReLU) for m in block.module.modules()) else None
+    return "heads" if fold.through == "heads" else "product"
+
+
+@dataclass
+class Adapted:
+    """A block whose linear layers are simulated, with factors at its sites; weights are never changed."""
+
+    block: Block
+    layers: dict[str, QuantLinear]
+    "By name inside the block."
+    sites: list[Site]
+    targets: Float[Tensor, "batches batch length width"] = field(repr=False)
+    "The float block's outputs."
+    mode: Mode
+
+    def forward(self, batch: int) -> Float[Tensor, "batch length width"]:
+        """The simulated block, differentiable, in float32: bfloat16's 8 bits would round as coarsely as the quantizers."""
+        out = self.block.module(self.block.hidden[batch], **self.block.arguments)
+        return out[0] if isinstance(out, tuple) else out
+
+    @torch.no_grad()
+    def error(self) -> float:
+        """Mean squared error of the outputs over all batches; leaves the running ranges those of this pass."""
+        for _, activation in activations_of(self.layers):
+            activation.low.fill_(torch.inf)
+            activation.high.fill_(-torch.inf)
+        return sum(float((self.forward(i) - target).square().mean()) for i, target in enumerate(self.targets)) / len(self.targets)
+
+    def energy(self) -> float:
+        """Mean square of what the block should return."""
+        return float(self.targets.square().mean())
+
+    @torch.no_grad()
+    def largest_inputs(self) -> list[Float[Tensor, "_"]]:
+        """max |x_j| over all tokens, of every channel of every site, in the float block."""
+        largest = [torch.zeros(len(s.source), device=s.a.device) for s in self.sites]
+
+        def watch(i: int) -> Callable[..., None]:
+            def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                torch.maximum(largest[i], inputs[0].abs().flatten(0, -2).amax(0).float(), out=largest[i])
+
+            return hook
+
+        handles = [s.consumers[0].layer.register_forward_pre_hook(watch(i)) for i, s in enumerate(self.sites)]
+        restore(self.block.module, self.layers)
+        try:
+            for hidden in self.block.hidden:
+                self.block.module(hidden, **self.block.arguments)
+        finally:
+            install(self.block.module, self.layers)
+            for handle in handles:
+                handle.remove()
+        return [site.per_channel(columns) for site, columns in zip(self.sites, largest, strict=True)]
+
+
+def adapted(block: Block, scheme: Scheme, kinds: tuple[str, ...]) -> Adapted:
+    """Simulates a block, with a = 0 at its sites; `released` undoes it."""
+    folds = legal(block, kinds)
+    sources = [_source(block, fold) for fold in folds]
+    targets = torch.stack([block.run(hidden) for hidden in block.hidden])
+    layers = simulate_block(block.module, block.family, scheme)
+    block.module.requires_grad_(False)
+    device = block.hidden.device
+    for quant in layers.values():
+        quant.to(device)
+    mode: Mode = "token" if scheme.per_token else "batch"
+    set_mode(layers, mode)
+    sites = []
+    for fold, source in zip(folds, sources, strict=True):
+        producer = block.module.get_submodule(fold.before)
+        producer = layers[fold.before].layer if isinstance(producer, QuantLinear) else producer
+        a = nn.Parameter(torch.zeros(int(source.max()) + 1, device=device))
+        live = torch.ones_like(a, dtype=torch.bool) if isinstance(producer, LINEAR) else producer.get_parameter("weight") != 0
+        consumers = [layers[name] for name in fold.after]
+        _attach(consumers, a, source)
+        sites.append(Site(fold, a, source, live, consumers, producer))
+    return Adapted(block, layers, sites, targets, mode)
+
+
+def released(adapted: Adapted) -> None:
+    """The block as it was."""
+    restore(adapted.block.module, adapted.layers)
+
+
+def _source(block: Block, fold: Fold) -> Int[Tensor, "columns"]:
+    return channels(block, fold, weight_of(block.module.get_submodule(fold.after[0])).shape[1])
+
+
+def _attach(consumers: list[QuantLinear], a: nn.Parameter, source: Int[Tensor, "columns"]) -> None:
+    for quant in consumers:
+        quant.alpha = a
+        quant.source = None if len(source) == len(a) else source
+
+
+@dataclass
+class Factors:
+    """What was found, by full name: of sites the producer's, of activations the first reader's."""
+
+    a: dict[str, Float[Tensor, "_"]] = field(default_factory=dict)
+    low: dict[str, Float[Tensor, ""]] = field(default_factory=dict)
+    high: dict[str, Float[Tensor, ""]] = field(default_factory=dict)
+    "Running ranges of the inputs as scaled; infinite where every token has its own."
+
+    @classmethod
+    def of(cls, found: Adapted) -> "Factors":
+        """Of one block."""
+        path = found.block.name
+        activations = [(f"{path}.{name}", activation) for name, activation in activations_of(found.layers)]
+        return cls(
+            {f"{path}.{s.fold.before}": s.a.detach().cpu().clone() for s in found.sites},
+            {name: activation.low.cpu().clone() for name, activation in activations},
+            {name: activation.high.cpu().clone() for name, activation in activations},
+        )
+
+    def add(self, other: "Factors") -> None:
+        """Of another block."""
+        self.a |= other.a
+        self.low |= other.low
+        self.high |= other.high
+
+    def save(self, file: Path, about: dict[str, str]) -> None:
+        """Writes a file in one move."""
+        partial = file.with_name(file.name + PARTIAL)
+        tensors = {f"{key}/{name}": t for key, part in vars(self).items() for name, t in part.items()}
+        save_file(tensors, partial, metadata=about)
+        partial.rename(file)
+
+    @classmethod
+    def load(cls, file: Path, about: dict[str, str]) -> "Factors":
+        """Reads it back; a UserError where it was made with other options."""
+        found = cls()
+        with safe_open(file, "pt") as tensors:
+            if tensors.metadata() != about:
+                raise UserError(f"{file} was made with other options or other text; choose another --output or remove it")
+            for key in tensors.keys():  # noqa: SIM118, not a dictionary
+                part, name = key.split("/", 1)
+                vars(found)[part][name] = tensors.get_tensor(key)
+        return found
+
+
+def calibrate(
+    checkpoint: Checkpoint,
+    model: PreTrainedModel,
+    tokens: Int[Tensor, "n length"],
+    method: Callable[[Adapted], dict[str, float]],
+    scheme: Scheme,
+    run: Run,
+    device: torch.device,
+    kinds: tuple[str, ...] = ("norm",),
+) -> Factors:
+    """Finds factors of every block with `method` (Quadapter, SmoothQuant, Equalization), which sets `a` of every site it is given.
+
+    `model` is the checkpoint's skeleton; blocks are loaded one at a time, see the float model's inputs and are to return its outputs.
+    A finished block is kept in RUN/factors and skipped by a run with the same options that finds it there. A row per block is logged.
+    """
+    check(model, kinds)
+    folder = run.folder / "factors"
+    folder.mkdir(exist_ok=True)
+    text = hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest()
+    about = {"method": repr(method), "scheme": repr(scheme), "kinds": repr(kinds), "tokens": text, "model": checkpoint.name}
+    found = Factors()
+    blocks = walk(checkpoint, model, tokens, device, torch.float32, "float")
+    for block in run.track(blocks, "factors", len(decoder_list(model)[1])):
+        file = folder / f"{block.index}.safetensors"
+        if file.is_file():
+            found.add(Factors.load(file, about))
+            for batch in block.hidden:
+                batch.copy_(block.run(batch))
+            continue
+        one = adapted(block, scheme, kinds)
+        try:
+            row = method(one)
+            for site in one.sites:
+                site.store(checkpoint.dtype())
+            row["error"], row["energy"] = one.error(), one.energy()  # of the factors as stored, and their ranges
+        finally:
+            released(one)
+        factors = Factors.of(one)
+        factors.save(file, about)
+        found.add(factors)
+        run.log(block=block.index, stage="factors", method=type(method).__name__, **row)
+        block.hidden.copy_(one.targets)
+    return found
+
+
+def attach(model: PreTrainedModel, layers: dict[str, QuantLinear], factors: Factors) -> None:
+    """Gives a whole simulated model what `calibrate` found: a, and the running ranges of activations."""
+    with _bare(model, layers) as blocks:
+        sources = {f"{b.name}.{f.before}": (b.name, f, _source(b, f)) for b in blocks if b.family for f in b.family.folds}
+    for name, a in factors.a.items():
+        if name not in sources:
+            raise UserError(f"{name} has factors, but this model has no such site; were they found for another model?")
+        path, fold, source = sources[name]
+        if int(source.max()) + 1 != len(a):
+            raise UserError(f"{name} has {int(source.max()) + 1} channels, but {len(a)} factors; were they found for another model?")
+        _attach([layers[f"{path}.{after}"] for after in fold.after], nn.Parameter(a.to(source.device)), source)
+    for name, activation in activations_of(layers):
+        if name in factors.low:
+            activation.low.copy_(factors.low[name])
+            activation.high.copy_(factors.high[name])
+
+
+@torch.no_grad()
+def fold(model: PreTrainedModel, layers: dict[str, QuantLinear], dtype: torch.dtype) -> None:
+    """Folds the factors of a simulated model into its weights, in place: producer times alpha, consumers' columns divided by it.
+
+    The model goes on being simulated, without alpha, and its outputs are what they were; gains are rounded to `dtype`, the type the model
+    is to be stored in, and the columns get the inverses of the factors the rounded gains imply, so the float output stays exact.
+    """
+    with _bare(model, layers) as blocks:
+        for block in blocks:
+            for site in block.family.folds if block.family else ():
+                consumers = [layers[f"{block.name}.{name}"] for name in site.after]
+                a = consumers[0].alpha
+                if a is None:
+                    continue
+                if any(q.alpha is not a for q in consumers):
+                    raise UserError(f"{block.name}.{site.before}: its consumers have factors of their own, which cannot be folded into it")
+                before = layers.get(f"{block.name}.{site.before}")
+                if before is not None and before.range is not None:
+                    raise UserError(f"{block.name}.{site.before} has a learned weight range, which factors would leave behind; fold first")
+                move(block, site, a.exp(), {}, dtype)
+                for quant in consumers:
+                    quant.alpha, quant.source = None, None
+    left = [name for name, quant in layers.items() if quant.alpha is not None]
+    if left:
+        raise UserError(f"{left[0]} has factors that nothing before it can take; the family has no such site")
+
+
+@contextmanager
+def _bare(model: PreTrainedModel, layers: dict[str, QuantLinear]) -> Iterator[list[Block]]:
+    """The blocks of a model with their own layers, for as long as the context lasts."""
+    restore(model, layers)
+    try:
+        yield _blocks(model)
+    finally:
+        install(model, layers)
+
+
+def _blocks(model: PreTrainedModel) -> list[Block]:
+    path, modules = decoder_list(model)
+    hidden = torch.empty(0, 0, 0, 0, device=next(modules.parameters()).device)
+    return [Block(f"{path}.{i}", i, module, hidden, {}, family_of(model), torch.float32) for i, module in enumerate(modules)]

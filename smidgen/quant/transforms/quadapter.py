@@ -1,0 +1,104 @@
+"""Quadapter (Park et al., Findings of EMNLP 2022, arXiv 2211.16912): factors per channel, learned while the weights stay as they are.
+
+Phase 1, block by block, independently: the inputs X and the outputs Y of the float block are given, and
+
+    min_a  mean (f_a(X) - Y)^2      f_a: the block with quantized activations and weights, factors alpha = exp(a) at its sites
+
+is descended by Adam on a alone. Ranges are the batch's minimum and maximum inside the graph: with ranges detached all that reaches a
+from values in range is rounding noise. The weights' scales follow W / alpha the same way. Per site, with u = alpha x, u^ = Q_a(u),
+w' = W / alpha, w^ = Q_w(w'), G = dL/dy, G_u = G w^, G_w = G^T u^,
+
+    dL/da_j = sum_t G_u [in] u - sum_o G_w w' + u_max [j attains it] sum G_u du^/dhigh + u_min [j attains it] sum G_u du^/dlow
+              - sum over rows o whose largest weight is in column j of |w'_oj| / Q sum_j' G_w e_w
+
+(e_w: what rounding added to a weight, in steps; Q: the largest code), which is what automatic differentiation makes of `simulate.py`.
+
+Phase 2, end to end: `finetune` freezes the weights, turns ranges into learned ones, and names what a training loop may change.
+
+Known of the paper: two phases, an L2 loss per block and then the task's, frozen weights, fusion at inference. Ours: a = log alpha,
+the ranges, Adam, its rate and steps; the paper's choices could not be had (docs/methods.md).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from smidgen.errors import UserError
+from smidgen.quant.ranges import Kind, Link
+from smidgen.quant.simulate import QuantLinear, activations_of
+from smidgen.quant.transforms.alpha import Adapted
+from smidgen.quant.transforms.smoothquant import SmoothQuant
+
+EPSILON = 1e-15  # of Adam: the size of a block's outputs is not to matter
+
+
+@dataclass(frozen=True)
+class Quadapter:
+    """Options of phase 1."""
+
+    steps: int = 800
+    "Adam steps per block."
+    learning_rate: float = 0.02
+    "Of a, relative therefore; falls to 0 along a cosine. From init smoothquant a quarter of it."
+    init: Literal["ones", "smoothquant"] = "ones"
+    "Where factors start; smoothquant: at the best t, than which the end is never worse."
+    seed: int = 0
+    "Of the order of batches."
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise UserError(f"--quadapter.steps must not be negative, got {self.steps}")
+        if not self.learning_rate > 0:
+            raise UserError(f"--quadapter.learning-rate must be positive, got {self.learning_rate}")
+
+    def __call__(self, block: Adapted) -> dict[str, float]:
+        """Learns a at every site; where that ends worse than it started, the start is kept. Returns the error before."""
+        before = least = block.error()
+        rate = self.learning_rate
+        if self.init == "smoothquant":
+            SmoothQuant()(block)
+            least, rate = block.error(), rate / 4
+        start = [site.a.detach().clone() for site in block.sites]
+        self._descend(block, rate)
+        if not block.error() <= least:  # not a number, too
+            for site, a in zip(block.sites, start, strict=True):
+                site.set(a)
+        return {"error_before": before}
+
+    def _descend(self, block: Adapted, rate: float) -> None:
+        optimizer = torch.optim.Adam([site.a for site in block.sites], lr=rate, eps=EPSILON)
+        generator = torch.Generator().manual_seed(self.seed)
+        order: list[int] = []
+        for step in range(self.steps):
+            order = order or torch.randperm(len(block.targets), generator=generator).tolist()
+            batch = order.pop()
+            for group in optimizer.param_groups:
+                group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+            optimizer.zero_grad()
+            with torch.enable_grad():
+                (block.forward(batch) - block.targets[batch]).square().mean().backward()
+            optimizer.step()
+            for site in block.sites:
+                site.set(site.a)
+
+
+def finetune(
+    model: torch.nn.Module, layers: dict[str, QuantLinear], rate: float = 1e-3, kind: Kind = "min-max", link: Link = "exp"
+) -> list[dict[str, Any]]:
+    """Prepares phase 2: parameter groups for an optimizer, factors and ranges, without weight decay; all other parameters are frozen.
+
+    Ranges start at the running ones. Steps of a and of ranges are relative to what they change, but for raw scale-offset.
+    """
+    model.requires_grad_(False)
+    factors = list({id(q.alpha): q.alpha for q in layers.values() if q.alpha is not None}.values())
+    ranges = []
+    for name, activation in activations_of(layers):
+        if not bool(activation.low.isfinite() & activation.high.isfinite()):
+            raise UserError(f"{name}: no range of its inputs is known; calibrate with static ranges first")
+        ranges += activation.fix(activation.low, activation.high, kind, link).parameters()
+    for parameter in (*factors, *ranges):
+        parameter.requires_grad_(True)
+    groups = {"factors": factors, "ranges": ranges}
+    return [{"name": name, "params": params, "lr": rate, "weight_decay": 0.0} for name, params in groups.items() if params]
