@@ -244,7 +244,7 @@ def train(
     config: FitConfig,
     run: Run,
     batch: int = 8,
-    teacher: PreTrainedModel | None = None,
+    teacher: nn.Module | None = None,
     share: float = 0.5,
     evaluate: Evaluate | None = None,
 ) -> FitResult:
@@ -257,7 +257,7 @@ def train(
     return fit(model, prediction_loss(teacher, share), shuffled(tokens, batch, config.seed), config, run, groups=groups, evaluate=evaluate)
 
 
-def prediction_loss(teacher: PreTrainedModel | None = None, share: float = 0.5) -> Loss:
+def prediction_loss(teacher: nn.Module | None = None, share: float = 0.5) -> Loss:
     """Cross entropy of the next token; `share` of it replaced by the divergence from a teacher, where there is one."""
 
     def loss(model: nn.Module, batch: Int[Tensor, "batch length"]) -> Float[Tensor, ""]:
