@@ -197,6 +197,7 @@ def test_one_step_moves_a_range_by_its_learning_rate_whatever_its_size(tiny_llam
 def test_groups_hold_every_parameter_once_and_only_matrices_decay(simulated, tmp_path):
     """Of a model with tied embeddings and one fused layer."""
     config = transformers.GPT2Config(vocab_size=384, n_embd=64, n_inner=128, n_layer=2, n_head=4, n_positions=128)
+    torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     model, layers = simulated(tmp_path, 8)
     groups = weight_groups(model, layers, 0.1) + range_groups(layers, 1e-3)
