@@ -24,7 +24,8 @@ import numpy as np
 import torch
 
 from smidgen.errors import UserError
-from smidgen.quant.blocks import decoder_list, forward_precision, walk
+from smidgen.precision import forward_precision
+from smidgen.quant.blocks import decoder_list, walk
 from smidgen.quant.checkpoint import Checkpoint
 from smidgen.quant.collect import collect
 from smidgen.quant.export import gguf

@@ -92,14 +92,6 @@ class Block:
         return (out[0] if isinstance(out, tuple) else out).float()
 
 
-def forward_precision(device: torch.device) -> torch.dtype:
-    """bfloat16 where the processor multiplies it natively, else float32."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if native else torch.float32
-
-
 def decoder_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The list of decoder blocks and its path: the longest list of modules of one class that hold linear layers."""
     lists = [

@@ -8,7 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from smidgen.errors import UserError
-from smidgen.quant.blocks import forward_precision
+from smidgen.precision import forward_precision
 from smidgen.quant.checkpoint import Checkpoint, load_model
 from smidgen.run import Run
 from smidgen.texts import SELF, windows

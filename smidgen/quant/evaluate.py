@@ -6,6 +6,7 @@ of L tokens predicts L - 1), exponentiated.
 
 import math
 import sys
+from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from smidgen.errors import UserError
-from smidgen.quant.blocks import forward_precision
+from smidgen.precision import forward_precision
 from smidgen.quant.checkpoint import Checkpoint
 from smidgen.quant.load import load_artifact
 from smidgen.run import Run
@@ -68,19 +69,30 @@ def main(config: Config, run: Run) -> dict[str, Any]:
     return run.finish(model=config.model, perplexity=perplexities, tokens={s: t.numel() for s, t in texts.items()}, size_bytes=size)
 
 
-@torch.inference_mode()
 def perplexity(model: PreTrainedModel, tokens: Int[Tensor, "windows length"], run: Run, label: str) -> float:
     """exp of the mean negative log-likelihood of every token but the first of each window."""
+    mean = mean_loss(model, run.track(tokens, f"perplexity on {label}", len(tokens)))
+    if not math.isfinite(mean):
+        raise UserError(f"perplexity on {label} is not finite: the model's weights or its type cannot represent its activations")
+    return exponential(mean)
+
+
+@torch.inference_mode()
+def mean_loss(model: PreTrainedModel, tokens: Iterable[Int[Tensor, "length"]]) -> float:
+    """Mean negative log-likelihood, in nats, of every token but the first of each window."""
     device = next(model.parameters()).device
     precision = forward_precision(device)
-    total = 0.0
-    for window in run.track(tokens, f"perplexity on {label}", len(tokens)):
+    total, count = 0.0, 0
+    for window in tokens:
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
             logits = model(window[None].to(device), use_cache=False).logits[0, :-1]
         total += torch.nn.functional.cross_entropy(logits.float(), window[1:].to(device), reduction="sum").item()
-    if not math.isfinite(total):
-        raise UserError(f"perplexity on {label} is not finite: the model's weights or its type cannot represent its activations")
-    mean = total / (tokens.shape[0] * (tokens.shape[1] - 1))
+        count += len(window) - 1
+    return total / count
+
+
+def exponential(mean: float) -> float:
+    """exp, infinite where a float cannot hold it."""
     return math.exp(mean) if mean < math.log(sys.float_info.max) else math.inf
 
 

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 
 from smidgen.errors import UserError
 from smidgen.grid import Grid, QWeight
+from smidgen.precision import forward_precision
 from smidgen.quant.allocate import knapsack, measured, widths
-from smidgen.quant.blocks import Block, Inputs, decoder_list, family_of, forward_precision, walk, widest
+from smidgen.quant.blocks import Block, Inputs, decoder_list, family_of, walk, widest
 from smidgen.quant.calibrate import Calibration
 from smidgen.quant.checkpoint import Checkpoint
 from smidgen.quant.evaluate import generate, perplexity, pick_device

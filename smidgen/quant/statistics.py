@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from smidgen.errors import UserError
-from smidgen.quant.blocks import Block, decoder_list, family_of, forward_precision, walk, widest
+from smidgen.precision import forward_precision
+from smidgen.quant.blocks import Block, decoder_list, family_of, walk, widest
 from smidgen.quant.calibrate import Calibration
 from smidgen.quant.checkpoint import Checkpoint
 from smidgen.quant.collect import collect

