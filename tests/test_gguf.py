@@ -13,7 +13,8 @@ from smidgen.grid import Grid, QWeight, expand
 from smidgen.quant.blocks import decoder_list
 from smidgen.quant.checkpoint import Checkpoint
 from smidgen.quant.export import ggml_blocks
-from smidgen.quant.export.gguf import FILE, Gguf, pre_tokenizer, read, rope_order, write_float
+from smidgen.quant.export.gguf import FILE, Gguf, read, rope_order, write_float
+from smidgen.quant.export.gguf_tokenizer import pre_tokenizer
 from smidgen.quant.formats import FORMATS, units
 from smidgen.quant.linear import LINEAR, weight_of
 from smidgen.quant.solvers import AESPA, BOA, GPTQ, RTN
@@ -133,6 +134,12 @@ def test_trained_families(family, request, test_tokens, tmp_path):
 
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+WINDOW, FULL = "sliding_attention", "full_attention"
+GEMMA3 = dict(head_dim=32, query_pre_attn_scalar=32, sliding_window=16, layer_types=[WINDOW, FULL], tie_word_embeddings=True)
+ROPES = {
+    WINDOW: {"rope_type": "default", "rope_theta": 500.0},
+    FULL: {"rope_type": "linear", "factor": 4.0, "rope_theta": 2000.0},
+}
 VARIANTS = {
     "biased llama": (transformers.LlamaConfig, dict(attention_bias=True, mlp_bias=True)),
     "llama3 rope": (transformers.LlamaConfig, dict(rope_scaling=LLAMA3, head_dim=32)),
@@ -140,6 +147,10 @@ VARIANTS = {
     "mistral": (transformers.MistralConfig, dict(head_dim=32)),
     "qwen2": (transformers.Qwen2Config, dict(tie_word_embeddings=True)),
     "phi3": (transformers.Phi3Config, {}),
+    "gemma3": (transformers.Gemma3TextConfig, GEMMA3),
+    "gemma3, linear rope": (transformers.Gemma3TextConfig, GEMMA3 | dict(rope_parameters=ROPES)),
+    "gemma3, all windows": (transformers.Gemma3TextConfig, GEMMA3 | dict(layer_types=[WINDOW, WINDOW])),
+    "gemma3, no windows": (transformers.Gemma3TextConfig, GEMMA3 | dict(layer_types=[FULL, FULL])),
 }
 
 
