@@ -54,7 +54,8 @@ def add_tokenizer(writer: Any, tokenizer: Any, vocabulary: int) -> None:
     writer.add_token_types([k for _, k in tokens])
     if model["byte_fallback"]:
         prefix, split = blanks(spec)
-        score = scores(merges_of(model), [t for t, k in tokens if k in (Kind.NORMAL, Kind.BYTE)], split)
+        added = [t.replace(" ", BLANK) for t, k in tokens if k in (Kind.CONTROL, Kind.UNKNOWN, Kind.USER_DEFINED)]
+        score = scores(merges_of(model), [t for t, k in tokens if k in (Kind.NORMAL, Kind.BYTE)], added, split)
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
         writer.add_token_scores([score.get(t, 0.0) for t, _ in tokens])
@@ -154,18 +155,20 @@ def with_fallback(spec: dict[str, Any], unknown: int | None) -> dict[int, tuple[
     odd = [k for k in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges") if model.get(k)]
     if odd:
         raise UserError(f"gguf cannot hold a BPE tokenizer with byte fallback and {odd[0]}")
-    missing = [t for t in BYTE_TOKENS if t not in model["vocab"]]
+    missing = [t for i, t in enumerate(BYTE_TOKENS) if t not in model["vocab"] and (i > 127 or chr(i) not in model["vocab"])]
     if missing:
         raise UserError(f"the tokenizer falls back to bytes, but has no token for {len(missing)} of them, the first is {missing[0]}")
-    prepends = PREPEND in steps(spec["normalizer"], "normalizers")
+    normalizer = steps(spec["normalizer"], "normalizers")
     listed = {i: (t, Kind.NORMAL) for t, i in model["vocab"].items()}
-    listed |= {model["vocab"][t]: (t, Kind.BYTE) for t in BYTE_TOKENS}
+    listed |= {model["vocab"][t]: (t, Kind.BYTE) for t in BYTE_TOKENS if t in model["vocab"]}
     for added in spec["added_tokens"]:
         text, special = added["content"], added["special"]
-        if prepends and added["normalized"] and not special:  # it is looked for as U+2581 + text
+        if PREPEND in normalizer and added["normalized"] and not special:  # it is looked for as U+2581 + text
             raise UserError(f"gguf cannot hold the added token {text!r}: it is found in normalized text; add it with normalized=False")
-        if not special and BLANK in text and text in model["vocab"]:
-            continue  # looked for before blanks become U+2581, so it is found by merges only
+        if REPLACE in normalizer and added["normalized"]:  # looked for when blanks are U+2581; llama.cpp looks before
+            text = text.replace(BLANK, " ")
+        if BLANK in text and text in model["vocab"] and not special:
+            continue  # looked for while blanks are blanks: it is found by merges only
         listed[added["id"]] = (text, Kind.CONTROL if special else Kind.USER_DEFINED)
     if unknown is not None:
         listed[unknown] = (listed[unknown][0], Kind.UNKNOWN)
@@ -188,22 +191,22 @@ def blanks(spec: dict[str, Any]) -> tuple[bool, bool]:
     raise UserError(f"gguf export knows byte-fallback tokenizers that only turn blanks into U+2581; this one does {kinds or 'nothing'}")
 
 
-def scores(merges: list[tuple[str, str]], tokens: list[str], split: bool) -> dict[str, float]:
+def scores(merges: list[tuple[str, str]], tokens: list[str], added: list[str], split: bool) -> dict[str, float]:
     """Minus the rank of the merge that makes a token; a UserError if with them llama.cpp would join what the merges do not.
 
-    `split` says that a word ends before every U+2581.
+    `added` tokens are cut out of a text before anything is merged, so none with such a part is ever made. `split` says that a
+    word ends before every U+2581.
 
-    >>> scores([("a", "b"), ("ab", "c"), ("b", "c")], ["a", "b", "c", "ab", "abc", "bc"], split=False)
+    >>> scores([("a", "b"), ("ab", "c"), ("b", "c")], ["a", "b", "c", "ab", "abc", "bc"], [], split=False)
     {'ab': 0.0, 'abc': -1.0, 'bc': -2.0}
     """
     never = len(merges)
     rank = {pair: i for i, pair in reversed(list(enumerate(merges))) if not (split and pair[1].startswith(BLANK))}
-    long = [t for t in tokens if len(t) > 1]
-    made = {t: parts(t, lambda a, b: rank.get((a, b))) for t in long}
+    made = {t: parts(t, lambda a, b: rank.get((a, b))) for t in [*tokens, *added] if len(t) > 1}
     order = {t: never if pair is None else rank[pair] for t, pair in made.items()}
     for token, pair in made.items():
         other = parts(token, lambda a, b: order.get(a + b))
-        if other != pair:
+        if other != pair and not any(a in token for a in added):
             say = ["no merge" if p is None else " + ".join(map(repr, p)) for p in (pair, other)]
             raise UserError(f"gguf cannot hold this tokenizer: the token {token!r} is made by {say[0]}, but by {say[1]} in llama.cpp")
     return {t: -float(r) for t, r in order.items()}
