@@ -14,6 +14,7 @@ Tensors are spooled to a temporary file block by block ($TMPDIR, beyond 256 MiB)
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from smidgen.quant.blocks import decoder_list
 from smidgen.quant.checkpoint import Checkpoint
 from smidgen.quant.export.ggml_blocks import SIZES, pack, type_of, unpack
 from smidgen.quant.linear import LINEAR, weight_of
+from smidgen.quant.writing import writing
 
 FILE = "model.gguf"
 FILE_TYPES = {"f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q2_k": 10, "q3_k": 11, "q4_k": 14}  # llama.cpp's LLAMA_FTYPE_MOSTLY_...
@@ -173,10 +175,11 @@ class Gguf:
             self.writer.add_tensor("rope_freqs.weight", factors)
         self.writer.add_quantization_version(2)
         self.writer.add_file_type(FILE_TYPES[max(self.kinds, key=lambda k: self.kinds[k], default="f16")])
-        self.writer.write_header_to_file()
-        self.writer.write_kv_data_to_file()
-        self.writer.write_tensors_to_file()
-        self.writer.close()
+        with writing(self.folder / FILE):
+            self.writer.write_header_to_file()
+            self.writer.write_kv_data_to_file()
+            self.writer.write_tensors_to_file()
+            self.writer.close()
 
     def _order(self, name: str, rows: int) -> Tensor:
         heads = self.family.heads(name, self.config.num_attention_heads, kv_heads(self.config))
@@ -194,7 +197,8 @@ class Gguf:
     def _write(self, name: str, value: np.ndarray, kind: str | None = None) -> None:
         types = gguf_package().GGMLQuantizationType
         self.done.add(name)
-        self.writer.add_tensor(self.family.gguf(name), value, raw_dtype=None if kind is None else types[kind.upper()])
+        with writing(Path(gettempdir())):
+            self.writer.add_tensor(self.family.gguf(name), value, raw_dtype=None if kind is None else types[kind.upper()])
 
 
 def write_float(folder: Path, checkpoint: Checkpoint) -> Path:
