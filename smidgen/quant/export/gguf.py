@@ -12,6 +12,8 @@ Tensors are spooled to a temporary file block by block ($TMPDIR, beyond 256 MiB)
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import gettempdir
@@ -175,11 +177,24 @@ class Gguf:
             self.writer.add_tensor("rope_freqs.weight", factors)
         self.writer.add_quantization_version(2)
         self.writer.add_file_type(FILE_TYPES[max(self.kinds, key=lambda k: self.kinds[k], default="f16")])
-        with writing(self.folder / FILE):
+        with self._writing(self.folder / FILE):
             self.writer.write_header_to_file()
             self.writer.write_kv_data_to_file()
             self.writer.write_tensors_to_file()
             self.writer.close()
+
+    @contextmanager
+    def _writing(self, place: Path) -> Iterator[None]:
+        """As `writing`; the writer's files are closed, since nobody finishes them."""
+        try:
+            with writing(place):
+                yield
+        except UserError:
+            for file in (self.writer.temp_file, *(self.writer.fout or [])):
+                with suppress(OSError):  # what it still holds cannot be written either
+                    if file is not None:
+                        file.close()
+            raise
 
     def _order(self, name: str, rows: int) -> Tensor:
         heads = self.family.heads(name, self.config.num_attention_heads, kv_heads(self.config))
@@ -197,7 +212,7 @@ class Gguf:
     def _write(self, name: str, value: np.ndarray, kind: str | None = None) -> None:
         types = gguf_package().GGMLQuantizationType
         self.done.add(name)
-        with writing(Path(gettempdir())):
+        with self._writing(Path(gettempdir())):
             self.writer.add_tensor(self.family.gguf(name), value, raw_dtype=None if kind is None else types[kind.upper()])
 
 
