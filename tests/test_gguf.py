@@ -1,7 +1,10 @@
 """GGUF files: integers read back from the bytes, and llama.cpp's logits against the dequantized model's."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -177,6 +180,41 @@ def test_a_step_continues_a_prompt(wide_llama, test_tokens, tmp_path):
     with pytest.raises(UserError, match="between 0 and 383"):
         llama.step(384)
     llama.close()
+    llama.close()
+
+
+SERVER = """
+import json, sys
+import xllamacpp
+
+parameters = xllamacpp.CommonParams()
+parameters.model.path, parameters.n_ctx, parameters.n_gpu_layers = sys.argv[1], 128, 0
+parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
+parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED  # as in ours: it decides near ties
+server = xllamacpp.Server(parameters)
+asked = {"n_predict": 24, "temperature": 0, "logprobs": 1}
+answers = [server.handle_completions(asked | {"prompt": prompt})["choices"][0] for prompt in json.loads(sys.argv[2])]
+print(json.dumps([[[token["id"] for token in answer["logprobs"]["content"]], answer["text"]] for answer in answers]))
+"""
+
+
+@pytest.mark.skipif(find_spec("xllamacpp") is None, reason="needs the package xllamacpp")
+def test_a_server_writes_what_the_runtime_does(tiny_llama, test_tokens, test_text, tmp_path):
+    """llama.cpp's own server, with its own sampler, on tokens and on a text it tokenizes itself."""
+    from smidgen.quant.generate import continued
+
+    written(tiny_llama, tmp_path / "out", GRIDS["q4_0"])
+    llama = runtime(tmp_path / "out")
+    text = test_text.read_text(encoding="utf-8")[1000:1100]
+    prompts = [*test_tokens[:4, :20].tolist(), text]
+    expected = [list(continued(llama, np.array(p if p is not text else llama.encode(text)), 24, 0.0, 0)) for p in prompts]
+    command = [sys.executable, "-c", SERVER, str(tmp_path / "out" / FILE), json.dumps(prompts)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert [tokens for tokens, _ in found] == expected
+    assert [answer for _, answer in found] == [llama.decode(tokens) for tokens in expected]
+    assert all(len(tokens) > 8 for tokens in expected) and len({tuple(tokens) for tokens in expected}) > 3
     llama.close()
 
 

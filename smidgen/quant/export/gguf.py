@@ -12,8 +12,11 @@ transformers', the table FAMILIES says so:
 Tensors are spooled to a temporary file block by block ($TMPDIR, beyond 256 MiB), since the header, which comes first, lists them all.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import numpy as np
@@ -29,6 +32,7 @@ from smidgen.quant.checkpoint import Checkpoint
 from smidgen.quant.export.ggml_blocks import SIZES, pack, type_of, unpack
 from smidgen.quant.export.gguf_tokenizer import add_tokenizer
 from smidgen.quant.linear import LINEAR, weight_of
+from smidgen.quant.writing import writing
 
 FILE = "model.gguf"
 FILE_TYPES = {"f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q2_k": 10, "q3_k": 11, "q4_k": 14}  # llama.cpp's LLAMA_FTYPE_MOSTLY_...
@@ -193,10 +197,24 @@ class Gguf:
             self.writer.add_tensor("rope_freqs.weight", factors)
         self.writer.add_quantization_version(2)
         self.writer.add_file_type(FILE_TYPES[max(self.kinds, key=lambda k: self.kinds[k], default="f16")])
-        self.writer.write_header_to_file()
-        self.writer.write_kv_data_to_file()
-        self.writer.write_tensors_to_file()
-        self.writer.close()
+        with self._writing(self.folder / FILE):
+            self.writer.write_header_to_file()
+            self.writer.write_kv_data_to_file()
+            self.writer.write_tensors_to_file()
+            self.writer.close()
+
+    @contextmanager
+    def _writing(self, place: Path) -> Iterator[None]:
+        """As `writing`; the writer's files are closed, since nobody finishes them."""
+        try:
+            with writing(place):
+                yield
+        except UserError:
+            for file in (self.writer.temp_file, *(self.writer.fout or [])):
+                with suppress(OSError):  # what it still holds cannot be written either
+                    if file is not None:
+                        file.close()
+            raise
 
     def _order(self, name: str, rows: int) -> Tensor:
         heads = self.family.heads(name, self.config.num_attention_heads, kv_heads(self.config))
@@ -218,7 +236,8 @@ class Gguf:
     def _write(self, name: str, value: np.ndarray, kind: str | None = None) -> None:
         types = gguf_package().GGMLQuantizationType
         self.done.add(name)
-        self.writer.add_tensor(self.family.gguf(name), value, raw_dtype=None if kind is None else types[kind.upper()])
+        with self._writing(Path(gettempdir())):
+            self.writer.add_tensor(self.family.gguf(name), value, raw_dtype=None if kind is None else types[kind.upper()])
 
 
 def write_float(folder: Path, checkpoint: Checkpoint) -> Path:
