@@ -30,6 +30,9 @@ CONFIGS = {
     "qwen2": transformers.Qwen2Config(**GQA, use_sliding_window=True, sliding_window=6, layer_types=SLIDING),
     "qwen3": transformers.Qwen3Config(**GQA, head_dim=DIM),
     "smollm3": transformers.SmolLM3Config(**GQA, no_rope_layers=[1, 0]),
+    "gemma3_text": transformers.Gemma3TextConfig(
+        **GQA, head_dim=DIM, query_pre_attn_scalar=DIM, sliding_window=6, layer_types=SLIDING,
+    ),
     "opt": transformers.OPTConfig(
         vocab_size=64, hidden_size=WIDTH, word_embed_proj_dim=WIDTH, ffn_dim=48, num_hidden_layers=2, num_attention_heads=HEADS,
         max_position_embeddings=32, bos_token_id=0, eos_token_id=0, pad_token_id=0, init_std=0.3,
@@ -41,6 +44,7 @@ CONFIGS = {
     "gpt_neox": transformers.GPTNeoXConfig(**COMMON),  # not in the table: no attention-aware statistics
 }  # fmt: skip
 KNOWN = [name for name in CONFIGS if name != "gpt_neox"]
+GAINS = {"qwen3": 0, "gemma3_text": 1}  # families with QK-norm: what is added to its weights
 OUTPUT = {"opt": "out_proj", "gpt2": "c_proj"}  # the layer after attention, o_proj elsewhere
 
 
@@ -323,7 +327,7 @@ def test_attention_as_used_never_looks_ahead(name, family, tokens, blocks_of, mo
         collect(block, ALL)
         assert [a.shape[3] for a in seen] == [7, 7, 6]
         for a, start in zip(seen, (0, 7, 14), strict=True):
-            window = 6 if name == "mistral" or (name == "qwen2" and block.index == 1) else LENGTH
+            window = 6 if name == "mistral" or (name in ("qwen2", "gemma3_text") and block.index == 1) else LENGTH
             query, key = torch.arange(start, start + a.shape[3])[:, None], torch.arange(a.shape[4])
             allowed = (key <= query) & (key > query - window)
             assert not a[..., ~allowed].any() and bool((a[..., allowed] > 0).all())
@@ -360,7 +364,7 @@ def matrix_of(block, role):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", [n for n in KNOWN if n != "qwen3"])
+@pytest.mark.parametrize("name", [n for n in KNOWN if n not in GAINS])
 @pytest.mark.parametrize("role", ["query", "key"])
 def test_query_and_key_losses_are_the_change_of_the_scores(role, name, family, tokens, blocks_of, monkeypatch):
     """Exact for a sequence of one token repeated: then averaging both factors apart loses nothing, at any rotary angle."""
@@ -386,18 +390,19 @@ def test_query_and_key_losses_are_the_change_of_the_scores(role, name, family, t
 
 
 @torch.no_grad()
-def test_row_factors_are_second_moments_seen_through_rotation_and_gain(family, tokens, blocks_of, monkeypatch):
+@pytest.mark.parametrize("name", GAINS)
+def test_row_factors_are_second_moments_seen_through_rotation_and_gain(name, family, tokens, blocks_of, monkeypatch):
     from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
     seen = record(monkeypatch)
-    for block in blocks_of(family("qwen3"), tokens):
+    for block in blocks_of(family(name), tokens):
         stats = collect(block, ALL)
         q, k = seen[-1]
         cos, sin = (t.double() for t in block.arguments["position_embeddings"])
         unit = torch.eye(DIM, dtype=torch.float64)[:, None, None].expand(DIM, 1, LENGTH, DIM)
         r = apply_rotary_pos_emb(unit, unit, cos, sin)[0][:, 0].permute(1, 2, 0)  # (length, dim, dim)
         own = block.module.self_attn
-        gains = {"query": own.q_norm.weight.double(), "key": own.k_norm.weight.double()}
+        gains = {"query": own.q_norm.weight.double() + GAINS[name], "key": own.k_norm.weight.double() + GAINS[name]}
         for role, other, heads in (("query", k.repeat_interleave(2, 1), HEADS), ("key", q.unflatten(1, (2, 2)), 2)):
             for h in range(heads):
                 rows = other[:, h].reshape(-1, DIM)

@@ -17,7 +17,7 @@ from smidgen.quant.linear import LINEAR
 needs_executorch = pytest.mark.skipif(find_spec("executorch") is None, reason="executorch is not installed")
 
 SCRIPT = """
-import sys
+import gc, sys
 from pathlib import Path
 import torch
 from smidgen.errors import UserError
@@ -30,15 +30,18 @@ from smidgen.quant.runtimes.executorch import ExecuTorch as Runtime
 from smidgen.quant.solvers import RTN
 
 torch.set_num_threads(1)
-folder, source, bits, group = Path("pte"), Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]) or None
+gc.disable()  # tracing makes millions of objects that stay: a sixth of its time would go into looking for others
+folder, source = Path("pte"), Path(sys.argv[1])
 folder.mkdir()
 checkpoint = Checkpoint(source, "tiny")
 model = checkpoint.skeleton(torch.device("cpu"))
 path, blocks = decoder_list(model)
 names = [f"{path}.{i}.{n}" for i, b in enumerate(blocks) for n, m in b.named_modules() if isinstance(m, LINEAR)]
-grid = Grid(bits, group, True, "bfloat16")
-ExecuTorch.check(model, names, grid)
-weights = {n: RTN()(checkpoint.read([f"{n}.weight"])[f"{n}.weight"], None, grid) for n in names}
+kinds = [Grid(bits, group, True, "bfloat16") for bits, group in ((4, 32), (3, None), (8, None))]
+grids = {n: kinds[i % 3] for i, n in enumerate(names)}
+for grid in kinds:
+    ExecuTorch.check(model, [n for n in names if grids[n] == grid], grid)
+weights = {n: RTN()(checkpoint.read([f"{n}.weight"])[f"{n}.weight"], None, grids[n]) for n in names}
 exporter = ExecuTorch(folder, checkpoint, model)
 for i, block in enumerate(blocks):
     exporter.add({n: q for n, q in weights.items() if n.startswith(f"{path}.{i}.")}, block, f"{path}.{i}")
@@ -46,6 +49,7 @@ exporter.finish()
 
 pte = (folder / "model.pte").read_bytes()
 for name, q in weights.items():
+    bits = q.grid.bits
     signed = q.codes.int() - 2 ** (bits - 1)
     nibbles = (signed + 8).to(torch.uint8)
     stored = (nibbles[:, ::2] | nibbles[:, 1::2] << 4) if bits <= 4 else signed.to(torch.int8)
@@ -73,15 +77,14 @@ except UserError as error:
 
 
 @needs_executorch
-@pytest.mark.parametrize("bits, group", [(4, 32), (3, None), (8, None)])
-def test_program_holds_the_codes_and_computes_the_logits(tiny_llama, test_tokens, tmp_path, bits, group):
+def test_a_program_holds_codes_of_three_grids_and_computes_the_logits(tiny_llama, test_tokens, tmp_path):
+    """One program for all grids, each in every third layer: tracing takes nearly all of the time, and does not depend on them."""
     torch.save(test_tokens[:10], tmp_path / "tokens.pt")
-    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(tiny_llama), str(bits), str(group or 0)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", SCRIPT, str(tiny_llama)], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     words = done.stdout.split()
     difference, agree, steps = (float(words[words.index(key) + 1]) for key in ("max", "agree", "steps"))
-    assert difference < 0.5 and agree > 0.98  # int8 inputs that lie on a half are rounded either way
+    assert difference < 0.2 and agree > 0.98  # int8 inputs that lie on a half are rounded either way
     assert steps < 0.2
     assert words[-2:] == ["refused", "True"]
 

@@ -1,19 +1,25 @@
 """GGUF files: integers read back from the bytes, and llama.cpp's logits against the dequantized model's."""
 
+import json
+import subprocess
+import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from smidgen.errors import UserError
 from smidgen.grid import Grid, QWeight, expand
 from smidgen.quant.blocks import decoder_list
 from smidgen.quant.checkpoint import Checkpoint
 from smidgen.quant.export import ggml_blocks
-from smidgen.quant.export.gguf import FILE, Gguf, pre_tokenizer, read, rope_order, write_float
+from smidgen.quant.export.gguf import FILE, Gguf, read, rope_order, write_float
+from smidgen.quant.export.gguf_tokenizer import BYTE_TOKENS, add_tokenizer, parts, pre_tokenizer, scores
 from smidgen.quant.formats import FORMATS, units
 from smidgen.quant.linear import LINEAR, weight_of
 from smidgen.quant.solvers import AESPA, BOA, GPTQ, RTN
@@ -133,6 +139,12 @@ def test_trained_families(family, request, test_tokens, tmp_path):
 
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+WINDOW, FULL = "sliding_attention", "full_attention"
+GEMMA3 = dict(head_dim=32, query_pre_attn_scalar=32, sliding_window=16, layer_types=[WINDOW, FULL], tie_word_embeddings=True)
+ROPES = {
+    WINDOW: {"rope_type": "default", "rope_theta": 500.0},
+    FULL: {"rope_type": "linear", "factor": 4.0, "rope_theta": 2000.0},
+}
 VARIANTS = {
     "biased llama": (transformers.LlamaConfig, dict(attention_bias=True, mlp_bias=True)),
     "llama3 rope": (transformers.LlamaConfig, dict(rope_scaling=LLAMA3, head_dim=32)),
@@ -140,6 +152,10 @@ VARIANTS = {
     "mistral": (transformers.MistralConfig, dict(head_dim=32)),
     "qwen2": (transformers.Qwen2Config, dict(tie_word_embeddings=True)),
     "phi3": (transformers.Phi3Config, {}),
+    "gemma3": (transformers.Gemma3TextConfig, GEMMA3),
+    "gemma3, linear rope": (transformers.Gemma3TextConfig, GEMMA3 | dict(rope_parameters=ROPES)),
+    "gemma3, all windows": (transformers.Gemma3TextConfig, GEMMA3 | dict(layer_types=[WINDOW, WINDOW])),
+    "gemma3, no windows": (transformers.Gemma3TextConfig, GEMMA3 | dict(layer_types=[FULL, FULL])),
 }
 
 
@@ -167,6 +183,41 @@ def test_a_step_continues_a_prompt(wide_llama, test_tokens, tmp_path):
     llama.close()
 
 
+SERVER = """
+import json, sys
+import xllamacpp
+
+parameters = xllamacpp.CommonParams()
+parameters.model.path, parameters.n_ctx, parameters.n_gpu_layers = sys.argv[1], 128, 0
+parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
+parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED  # as in ours: it decides near ties
+server = xllamacpp.Server(parameters)
+asked = {"n_predict": 24, "temperature": 0, "logprobs": 1}
+answers = [server.handle_completions(asked | {"prompt": prompt})["choices"][0] for prompt in json.loads(sys.argv[2])]
+print(json.dumps([[[token["id"] for token in answer["logprobs"]["content"]], answer["text"]] for answer in answers]))
+"""
+
+
+@pytest.mark.skipif(find_spec("xllamacpp") is None, reason="needs the package xllamacpp")
+def test_a_server_writes_what_the_runtime_does(tiny_llama, test_tokens, test_text, tmp_path):
+    """llama.cpp's own server, with its own sampler, on tokens and on a text it tokenizes itself."""
+    from smidgen.quant.generate import continued
+
+    written(tiny_llama, tmp_path / "out", GRIDS["q4_0"])
+    llama = runtime(tmp_path / "out")
+    text = test_text.read_text(encoding="utf-8")[1000:1100]
+    prompts = [*test_tokens[:4, :20].tolist(), text]
+    expected = [list(continued(llama, np.array(p if p is not text else llama.encode(text)), 24, 0.0, 0)) for p in prompts]
+    command = [sys.executable, "-c", SERVER, str(tmp_path / "out" / FILE), json.dumps(prompts)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert [tokens for tokens, _ in found] == expected
+    assert [answer for _, answer in found] == [llama.decode(tokens) for tokens in expected]
+    assert all(len(tokens) > 8 for tokens in expected) and len({tuple(tokens) for tokens in expected}) > 3
+    llama.close()
+
+
 def test_llama_cpp_tokenizes_as_transformers_does(wide_llama, tokenizer, test_text, tmp_path):
     written(wide_llama, tmp_path / "out", GRIDS["q4_0"])
     llama = runtime(tmp_path / "out")
@@ -174,6 +225,120 @@ def test_llama_cpp_tokenizes_as_transformers_does(wide_llama, tokenizer, test_te
     assert llama.encode(text) == tokenizer(text, add_special_tokens=False)["input_ids"]
     assert llama.decode(llama.encode(text)) == text
     llama.close()
+
+
+# --- tokenizers with byte fallback -----------------------------------------------------------------------------------
+
+REPLACE = normalizers.Replace(" ", "\u2581")
+STYLES = {  # normalizer, pre-tokenizer
+    "llama2": (normalizers.Sequence([normalizers.Prepend("\u2581"), REPLACE]), None),
+    "gemma": (REPLACE, pre_tokenizers.Split(" ", "merged_with_previous")),
+    "metaspace": (None, pre_tokenizers.Metaspace(prepend_scheme="first", split=False)),
+    "words": (None, pre_tokenizers.Metaspace(prepend_scheme="always", split=True)),
+}
+ODD = "caf\u00e9 e\u0301 \u4e2d\u6587\u200b \U0001f999\U0001f3fd  three   spaces\n\n\n\ttab a\u2581b <0x41> a </s x</s> \n 3.14\r\n   "
+
+
+@pytest.fixture(scope="module")
+def learnt(train_text) -> dict[str, tuple[dict[str, int], list[tuple[str, str]]]]:
+    """Vocabulary and merges of 900 tokens, learnt with and without words; 60 characters are known, the others are bytes."""
+    made = {}
+    for words in (True, False):
+        bpe = Tokenizer(models.BPE())
+        bpe.normalizer = REPLACE
+        bpe.pre_tokenizer = pre_tokenizers.Metaspace(split=True) if words else pre_tokenizers.Split(Regex("\n\n"), "merged_with_previous")
+        special = ["<unk>", "<s>", "</s>", *BYTE_TOKENS]
+        trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=special, limit_alphabet=60, show_progress=False)
+        bpe.train_from_iterator([train_text.read_text(encoding="utf-8")[:60_000]], trainer)
+        spec = json.loads(bpe.to_str())["model"]
+        made["words" if words else "lines"] = (spec["vocab"], [tuple(m) for m in spec["merges"]])
+    return made
+
+
+@pytest.fixture(scope="module")
+def fallback(learnt):
+    """(style) -> a tokenizer as Llama 2, Gemma or later ones have it."""
+
+    def make(style: str, extra=(), **options) -> transformers.PreTrainedTokenizerFast:
+        vocab, merges = learnt["words" if style == "words" else "lines"]
+        bpe = Tokenizer(models.BPE(vocab=vocab, merges=merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>", **options))
+        bpe.normalizer, bpe.pre_tokenizer = STYLES[style]
+        strip = [] if style == "gemma" else [decoders.Strip(" ", 1, 0)]
+        bpe.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+        bpe.add_tokens(list(extra))
+        return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+    return make
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_llama_cpp_falls_back_to_bytes_as_transformers_does(style, fallback, test_text, tmp_path):
+    extra = [AddedToken("<|im|>", special=True, normalized=False)]
+    if style in ("llama2", "gemma"):
+        extra += [AddedToken("\n\n", normalized=False), AddedToken("\u2581\u2581", normalized=False)]
+    if style == "gemma":
+        extra += [AddedToken("\u2581\u2581\u2581", normalized=True)]
+    tokenizer = fallback(style, extra)
+    source = random(transformers.LlamaConfig, tmp_path / "model", tokenizer, vocab_size=960, num_hidden_layers=1)
+    written(source, tmp_path / "out", GRIDS["q8_0"])
+    llama = runtime(tmp_path / "out")
+    rng = np.random.default_rng(0)  # no U+2581 in these texts: where added tokens begin with it, it is not taken for a blank
+    letters = [*" \n\t.,aeinorst\u00e9<", "  ", "the", "\n\n", "of the", "\U0001f999", "\u4e2d", "<0x0A>"]
+    texts = [test_text.read_text(encoding="utf-8"), *("".join(rng.choice(letters, 60)) for _ in range(300))]
+    if style in ("llama2", "gemma"):  # the others treat blanks at the start and after special tokens in another way
+        texts += [ODD, "  x", "", " ", "a<|im|>b <|im|> c"]
+    else:
+        texts = [t.lstrip() for t in texts]
+    used = set()
+    for text in texts:
+        expected = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert llama.encode(text) == expected, text
+        assert llama.decode(expected) == tokenizer.decode(expected), text
+        used |= set(expected)
+    assert len(used) > 500 and {*tokenizer.convert_tokens_to_ids(["<0xF0>", "<0x9F>", "<0xA6>", "<0x99>"])} <= used
+    llama.close()
+
+
+@pytest.mark.parametrize(
+    ("style", "change", "message"),
+    [
+        ("llama2", dict(dropout=0.1), "byte fallback and dropout"),
+        ("llama2", dict(ignore_merges=True), "byte fallback and ignore_merges"),
+        ("llama2", dict(extra=["word"]), "added token 'word': it is found in normalized text"),
+    ],
+)
+def test_tokenizers_with_fallback_it_cannot_hold(style, change, message, fallback):
+    with pytest.raises(UserError, match=message):
+        add_tokenizer(None, fallback(style, **change), 960)
+
+
+def test_other_steps_before_the_merges(fallback):
+    tokenizer = fallback("llama2")
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), REPLACE])
+    with pytest.raises(UserError, match="only turn blanks into U.2581; this one does NFKC . Replace"):
+        add_tokenizer(gguf.GGUFWriter(None, "llama"), tokenizer, 960)
+    vocab = {t: i for i, t in enumerate(["<unk>", *BYTE_TOKENS[:65], *BYTE_TOKENS[66:]])}
+    bpe = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
+    with pytest.raises(UserError, match="no token for 1 of them, the first is <0x41>"):
+        add_tokenizer(None, transformers.PreTrainedTokenizerFast(tokenizer_object=bpe), 960)
+    with pytest.raises(UserError, match="knows BPE tokenizers; this one is WordLevel"):
+        add_tokenizer(None, transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}))), 960)
+
+
+def test_scores_join_what_merges_do():
+    merges = [("b", "c"), ("a", "b"), ("bc", "d"), ("b", "cd")]
+    assert parts("bcd", lambda a, b: {m: i for i, m in enumerate(merges)}.get((a, b))) == ("bc", "d")
+    assert scores(merges, ["a", "ab", "bc", "bcd"], [], split=False) == {"bc": 0, "ab": -1, "bcd": -2}
+    with pytest.raises(UserError, match="the token 'abc' is made by no merge, but by 'a' . 'bc' in llama.cpp"):
+        scores([*merges, ("ab", "c")], ["ab", "bc", "bcd", "abc"], [], split=False)
+    scores([*merges, ("ab", "c")], ["ab", "bc", "bcd", "abc"], ["bc"], split=False)
+    blanks = [("\u2581", "\u2581")]
+    assert scores(blanks, ["\u2581", "\u2581\u2581"], [], split=False) == {"\u2581\u2581": 0}
+    with pytest.raises(UserError, match="no merge"):
+        scores(blanks, ["\u2581", "\u2581\u2581"], [], split=True)
+
+
+# --- llama.cpp's own quantization, and formats -----------------------------------------------------------------------
 
 
 def test_llama_cpp_quantizes_a_float_file(wide_llama, test_tokens, tmp_path):
@@ -274,6 +439,34 @@ def test_grids_it_cannot_hold(grid, message, tiny_llama):
     model = Checkpoint(tiny_llama, "tiny").skeleton(CPU)
     with pytest.raises(UserError, match=message):
         Gguf.check(model, list(layers_of(model)), grid)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (dict(query_pre_attn_scalar=16), "takes query_pre_attn_scalar for 32 in this gemma3 model, not 16"),
+        (dict(final_logit_softcapping=30.0), "without final_logit_softcapping, this one has 30.0"),
+        (dict(attn_logit_softcapping=50.0), "without attn_logit_softcapping, this one has 50.0"),
+        (dict(attention_bias=True), "without attention_bias"),
+        (dict(use_bidirectional_attention=True), "without use_bidirectional_attention"),
+        (dict(hidden_activation="silu"), "with gelu_pytorch_tanh, this one has silu"),
+        (dict(layer_types=["full_attention", "sliding_attention"]), "one layer in every 1 has no sliding window"),
+        (dict(rope_parameters={WINDOW: ROPES[FULL], FULL: ROPES[FULL]}), "default rope in layers with a sliding window, not linear"),
+    ],
+)
+def test_gemmas_llama_cpp_would_compute_otherwise(changed, message):
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config(transformers.Gemma3TextConfig, **GEMMA3 | changed))
+    with pytest.raises(UserError, match=message):
+        Gguf.check(model, list(layers_of(model)), GRIDS["q4_0"])
+
+
+def test_gemmas_integers_come_back(tokenizer, tmp_path):
+    source = random(transformers.Gemma3TextConfig, tmp_path / "model", tokenizer, **GEMMA3)
+    solved, _ = written(source, tmp_path / "out", GRIDS["q4_0"])
+    back = read(tmp_path / "out" / FILE)
+    assert back.keys() == solved.keys() and len(back) == 14
+    assert all(torch.equal(back[n].codes, q.codes) and torch.equal(back[n].scale, q.scale) for n, q in solved.items())
 
 
 def test_a_format_refuses_other_bits():

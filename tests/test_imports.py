@@ -12,7 +12,7 @@ import smidgen
 ROOT = Path(smidgen.__file__).parent
 SOLVERS = sorted(f.stem for f in (ROOT / "quant" / "solvers").glob("*.py") if f.stem != "__init__")
 EXPORTERS = sorted(f.stem for f in (ROOT / "quant" / "export").glob("*.py"))
-SHARED = [n for n in ("errors.py", "run.py", "report.py", "plots.py", "texts.py") if (ROOT / n).is_file()]
+SHARED = ["errors.py", "run.py", "plots.py", "texts.py", *(f"report/{f.name}" for f in sorted((ROOT / "report").glob("*.py")))]
 HEAVY = {"torch", "transformers", "safetensors", "compressed_tensors", "accelerate"}
 
 

@@ -12,7 +12,8 @@ from cyclopts.config import Yaml
 from smidgen.errors import UserError
 from smidgen.lab.ranges import CASES, FORMS, Adam, Config, Form, Result, Setting, command, learned, reference, samples
 from smidgen.quant.ranges import Range
-from smidgen.report import Finished, write_report
+from smidgen.report import write_report
+from smidgen.report.finished import Finished
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,11 @@ import pytest
 
 from smidgen import cli, plots
 from smidgen.errors import UserError
-from smidgen.report import Finished, best, flatten, label, number, ratio, run_names, sample, short_names, write_report
+from smidgen.report import write_report
+from smidgen.report.comparison import best, run_names
+from smidgen.report.finished import Finished
+from smidgen.report.quantization import sample, short_names
+from smidgen.report.words import flatten, label, number, ratio
 
 LAYERS = {"self_attn.q_proj": "query", "self_attn.o_proj": None, "mlp.down_proj": None}
 CONFIG = "model: tiny\nmethod: {method}\nevaluate:\n- wiki.txt\noutput: null\nboa:\n  damp: {damp}\n"

@@ -116,8 +116,8 @@ class HeadMoments:
         if self.angles is not None:
             keys, queries = (rotary_mean(t, *self.angles) for t in (keys, queries))
         keys = keys.repeat_interleave(self.sharing, 0) if self.query_factor is None else self.query_factor
-        keys = with_gain(keys, self.attention, self.family.query_norm)
-        queries = with_gain(queries, self.attention, self.family.key_norm)
+        keys = with_gain(keys, self.attention, self.family.query_norm, self.family.gain_offset)
+        queries = with_gain(queries, self.attention, self.family.key_norm, self.family.gain_offset)
         if "value_rows" in self.needs:
             values = replace(values, h_out=self._output_gram(len(queries)).sum(1))
         return {"query": replace(query, h_out=keys), "key": replace(query, h_out=queries), "value": values}
@@ -185,15 +185,17 @@ def rotated_back(x: Float[Tensor, "*n dim"], cos: Tensor, sin: Tensor) -> Float[
     return torch.cat([turned * cos + torch.cat([second, -first], -1), rest], -1)
 
 
-def with_gain(h_out: Float[Tensor, "heads dim dim"], attention: nn.Module, norm: str | None) -> Float[Tensor, "heads dim dim"]:
-    """The row factor seen through a QK-norm's gain.
+def with_gain(
+    h_out: Float[Tensor, "heads dim dim"], attention: nn.Module, norm: str | None, offset: float
+) -> Float[Tensor, "heads dim dim"]:
+    """The row factor seen through a QK-norm's gain, its weight plus `offset`.
 
     The authors' code ignores the norm. Its gain scales each coordinate; its division by the root mean square is
     left out, as theirs is.
     """
     if norm is None:
         return h_out
-    gain = attention.get_parameter(f"{norm}.weight").float()
+    gain = attention.get_parameter(f"{norm}.weight").float() + offset
     return h_out * gain[:, None] * gain
 
 

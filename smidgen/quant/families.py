@@ -23,6 +23,8 @@ class Attention:
     query_norm: str | None = None
     key_norm: str | None = None
     "Norms of each head's queries and keys before the scores (QK-norm)."
+    gain_offset: float = 0.0
+    "What these norms add to their weights before they multiply by them."
     rotary_switch: str | None = None
     "Attribute of the attention module that is false where a layer leaves rotary angles unused."
 
@@ -92,5 +94,19 @@ _GPT2 = Family(
     (Fold("ln_1", ("attn.c_attn",)), Fold("attn.c_attn", ("attn.c_proj",), "heads"), Fold("ln_2", ("mlp.c_fc",))),
     residual={"attn.c_proj": "ln_1", "mlp.c_proj": "ln_2"},
 )
+_GEMMA3 = Family(  # its norms multiply by 1 + weight, which no factor is folded into; what is added to the stream passes a norm first
+    Attention("self_attn", "q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", gain_offset=1.0),
+    (Fold("self_attn.v_proj", ("self_attn.o_proj",), "heads"), Fold("mlp.up_proj", ("mlp.down_proj",))),
+    _SWIGLU,
+)
 
-FAMILIES = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA, "qwen3": _QWEN3, "smollm3": _SMOLLM3, "opt": _OPT, "gpt2": _GPT2}
+FAMILIES = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _QWEN3,
+    "smollm3": _SMOLLM3,
+    "gemma3_text": _GEMMA3,
+    "opt": _OPT,
+    "gpt2": _GPT2,
+}

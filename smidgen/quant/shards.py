@@ -6,6 +6,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from smidgen.quant.writing import writing
+
 SHARD = 256 * 2**20  # bytes that wait in memory before a file is written
 
 
@@ -36,11 +38,13 @@ class Shards:
             names |= dict.fromkeys(tensors, file)
         if len(self.written) > 1:
             index = {"metadata": {"total_size": self.bytes}, "weight_map": names}
-            (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+            with writing(self.folder):
+                (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
     def _flush(self) -> None:
         file = self._file(len(self.written))
-        save_file(self.waiting, file, metadata={"format": "pt"})
+        with writing(file):
+            save_file(self.waiting, file, metadata={"format": "pt"})
         file.chmod(0o644)  # safetensors writes through a private temporary file
         self.bytes += sum(t.nbytes for t in self.waiting.values())
         self.written.append(list(self.waiting))

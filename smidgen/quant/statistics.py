@@ -27,6 +27,7 @@ from smidgen.quant.collect import collect
 from smidgen.quant.evaluate import pick_device
 from smidgen.quant.solvers import BOA, GPTQ
 from smidgen.quant.stats import Stats
+from smidgen.quant.writing import writing
 from smidgen.run import Run
 
 
@@ -144,7 +145,8 @@ class StatsFolder:
 
         for name, s in stats.items():
             index[name] = store(name, s)
-        save_file(tensors, self._file(block), metadata={"index": json.dumps(index)})
+        with writing(self._file(block)):
+            save_file(tensors, self._file(block), metadata={"index": json.dumps(index)})
         self._file(block).chmod(0o644)  # safetensors writes through a private temporary file
 
     def finish(self, **about: Any) -> None:

@@ -72,15 +72,7 @@ class CompressedTensors:
         """Writes what belongs to no block, the configuration and the tokenizer."""
         self.shards.add(self.rest.of_model(self.model))
         self.shards.finish()
-        config = self.checkpoint.config.to_diff_dict()
-        config.pop("_name_or_path", None)
-        config["architectures"] = [type(self.model).__name__]
-        config["dtype"] = str(self.checkpoint.dtype()).removeprefix("torch.")
-        config["quantization_config"] = self._quantization_config()
-        (self.folder / "config.json").write_text(json.dumps(config, indent=1, default=str))
-        if self.model.generation_config is not None:
-            self.model.generation_config.save_pretrained(self.folder)
-        self.checkpoint.tokenizer().save_pretrained(self.folder)
+        self.rest.describe(self.folder, self.model, self.checkpoint.dtype(), self._quantization_config())
 
     def _quantization_config(self) -> dict[str, Any]:
         from compressed_tensors.quantization import QuantizationConfig

@@ -14,7 +14,6 @@ Its weights are signed and their zero point is 0, so grids have to be symmetric;
 A program is traced from a whole model, so unlike other formats this one holds the model in memory, in float32.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,8 @@ from transformers import PreTrainedModel
 from smidgen.errors import UserError
 from smidgen.grid import Grid, QWeight
 from smidgen.quant.checkpoint import Checkpoint
+from smidgen.quant.export.rest import write_config
+from smidgen.quant.writing import writing
 
 BLOCK = 32  # XNNPACK's 4-bit groups are multiples of this many columns
 
@@ -85,11 +86,9 @@ class ExecuTorch:
         self.model.tie_weights()
         length = min(self.length, self.model.config.max_position_embeddings)
         program = lowered(Decoder(self.model.eval(), length), length, self.model.config.vocab_size)
-        config = self.checkpoint.config.to_diff_dict()
-        config.pop("_name_or_path", None)
-        (self.folder / "config.json").write_text(json.dumps(config, indent=1, default=str))
-        self.tokenizer.save_pretrained(self.folder)
-        (self.folder / "model.pte").write_bytes(program)
+        write_config(self.folder, self.checkpoint, self.tokenizer, {})
+        with writing(self.folder):
+            (self.folder / "model.pte").write_bytes(program)
 
     def _fill(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():

@@ -7,13 +7,16 @@ transformers', the table FAMILIES says so:
     names           model.layers.3.self_attn.q_proj.weight  ->  blk.3.attn_q.weight
     rows of q, k    llama's rope turns neighbours (2i, 2i+1), transformers' turns (i, i + d/2): within each head row i moves to 2i and
                     row i + d/2 to 2i + 1. Codes, scales and zeros of a row move together. Other families rope as transformers does.
+    norms of Gemma  multiply by 1 + w; the sum is what is stored.
 
 Tensors are spooled to a temporary file block by block ($TMPDIR, beyond 256 MiB), since the header, which comes first, lists them all.
 """
 
-import json
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import numpy as np
@@ -27,11 +30,14 @@ from smidgen.grid import Grid, QWeight
 from smidgen.quant.blocks import decoder_list
 from smidgen.quant.checkpoint import Checkpoint
 from smidgen.quant.export.ggml_blocks import SIZES, pack, type_of, unpack
+from smidgen.quant.export.gguf_tokenizer import add_tokenizer
 from smidgen.quant.linear import LINEAR, weight_of
+from smidgen.quant.writing import writing
 
 FILE = "model.gguf"
 FILE_TYPES = {"f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q2_k": 10, "q3_k": 11, "q4_k": 14}  # llama.cpp's LLAMA_FTYPE_MOSTLY_...
 CHUNK = 4096  # rows of an embedding rounded at once
+GEMMA_27B = 62  # layers by which llama.cpp knows the one Gemma 3 that scales scores by width / heads and not by the head
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,8 @@ class Family:
     "Modules outside the blocks."
     permuted: bool = False
     "Whether rows of q and k are reordered for the rope."
+    gain_offset: float = 0.0
+    "What norms add to their weights before they multiply by them."
 
     def gguf(self, name: str) -> str:
         """llama.cpp's name of a parameter."""
@@ -97,6 +105,20 @@ FAMILIES = {
         NORMS,
         REST,
     ),
+    "gemma3_text": Family(
+        "gemma3",
+        "model.layers",
+        ATTENTION | MLP,
+        QK_NORMS
+        | {
+            "input_layernorm": "attn_norm",
+            "post_attention_layernorm": "post_attention_norm",
+            "pre_feedforward_layernorm": "ffn_norm",
+            "post_feedforward_layernorm": "post_ffw_norm",
+        },
+        REST,
+        gain_offset=1.0,
+    ),
     "gpt2": Family(
         "gpt2",
         "transformer.h",
@@ -134,6 +156,8 @@ class Gguf:
         family = family_of(model)
         type_of(grid)
         rope(model.config)
+        if model.config.model_type == "gemma3_text":
+            check_gemma(model.config)
         for name in layers:
             layer = model.get_submodule(name)
             if not isinstance(layer, LINEAR):
@@ -161,7 +185,7 @@ class Gguf:
             if value.ndim == 2 and isinstance(self.model.get_submodule(name.rpartition(".")[0]), Conv1D):
                 value = value.T
             value = value[self._order(name, len(value))]
-            self._write(name, value.float().numpy() if value.ndim == 1 else finite16(value, name))
+            self._write(name, self._vector(name, value) if value.ndim == 1 else finite16(value, name))
 
     def finish(self) -> None:
         """Writes what belongs to no block, and the file itself."""
@@ -173,10 +197,24 @@ class Gguf:
             self.writer.add_tensor("rope_freqs.weight", factors)
         self.writer.add_quantization_version(2)
         self.writer.add_file_type(FILE_TYPES[max(self.kinds, key=lambda k: self.kinds[k], default="f16")])
-        self.writer.write_header_to_file()
-        self.writer.write_kv_data_to_file()
-        self.writer.write_tensors_to_file()
-        self.writer.close()
+        with self._writing(self.folder / FILE):
+            self.writer.write_header_to_file()
+            self.writer.write_kv_data_to_file()
+            self.writer.write_tensors_to_file()
+            self.writer.close()
+
+    @contextmanager
+    def _writing(self, place: Path) -> Iterator[None]:
+        """As `writing`; the writer's files are closed, since nobody finishes them."""
+        try:
+            with writing(place):
+                yield
+        except UserError:
+            for file in (self.writer.temp_file, *(self.writer.fout or [])):
+                with suppress(OSError):  # what it still holds cannot be written either
+                    if file is not None:
+                        file.close()
+            raise
 
     def _order(self, name: str, rows: int) -> Tensor:
         heads = self.family.heads(name, self.config.num_attention_heads, kv_heads(self.config))
@@ -185,16 +223,21 @@ class Gguf:
     def _rest(self, name: str, value: Tensor) -> None:
         """An embedding, the head or the last norm."""
         if value.ndim == 1 or self.family.gguf(name).startswith("position_embd"):
-            self._write(name, value.float().numpy())
+            self._write(name, self._vector(name, value))
         elif value.shape[1] % 32:
             self._write(name, finite16(value, name))
         else:
             self._write(name, np.concatenate([nearest_q8(part) for part in value.split(CHUNK)]), "q8_0")
 
+    def _vector(self, name: str, value: Tensor) -> np.ndarray:
+        """A bias, positions, or a norm, with all it multiplies by."""
+        return (value.float() + (self.family.gain_offset if name.endswith("norm.weight") else 0.0)).numpy()
+
     def _write(self, name: str, value: np.ndarray, kind: str | None = None) -> None:
         types = gguf_package().GGMLQuantizationType
         self.done.add(name)
-        self.writer.add_tensor(self.family.gguf(name), value, raw_dtype=None if kind is None else types[kind.upper()])
+        with self._writing(Path(gettempdir())):
+            self.writer.add_tensor(self.family.gguf(name), value, raw_dtype=None if kind is None else types[kind.upper()])
 
 
 def write_float(folder: Path, checkpoint: Checkpoint) -> Path:
@@ -271,6 +314,11 @@ def add_architecture(writer: Any, config: Any, name: str) -> None:
     writer.add_vocab_size(config.vocab_size)
     if config.model_type == "phi3":
         writer.add_sliding_window(window or 0)
+    elif config.model_type == "gemma3_text":
+        if "sliding_attention" in config.layer_types:
+            writer.add_sliding_window(window)
+            writer.add_sliding_window_pattern(full_period(config.layer_types))
+            writer.add_rope_freq_base_swa(config.rope_parameters["sliding_attention"]["rope_theta"])
     elif window is not None:  # llama.cpp knows no window for these: right as long as texts are no longer
         length = min(length, window)
     writer.add_context_length(length)
@@ -292,13 +340,42 @@ def add_architecture(writer: Any, config: Any, name: str) -> None:
 
 
 def rope(config: Any) -> dict[str, Any] | None:
-    """The parameters of the rotary angles; a UserError for kinds that are not written."""
+    """The parameters of the rotary angles, in Gemma those of layers without a window; a UserError for kinds that are not written."""
     if config.model_type == "gpt2":
         return None
     parameters = config.rope_parameters
+    if config.model_type == "gemma3_text":
+        local, parameters = parameters["sliding_attention"], parameters["full_attention"]
+        if local["rope_type"] != "default":
+            raise UserError(f"gguf export knows the default rope in layers with a sliding window, not {local['rope_type']}")
     if parameters["rope_type"] not in ("default", "linear", "llama3"):
         raise UserError(f"gguf export knows default, linear and llama3 ropes, not {parameters['rope_type']}")
     return parameters
+
+
+def check_gemma(config: Any) -> None:
+    """Raises a UserError for a Gemma 3 that llama.cpp would compute otherwise."""
+    for name in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention", "attention_bias"):
+        if value := config.to_dict()[name]:
+            raise UserError(f"gguf export holds gemma3 models without {name}, this one has {value}")
+    if config.hidden_activation != "gelu_pytorch_tanh":
+        raise UserError(f"gguf export holds gemma3 models with gelu_pytorch_tanh, this one has {config.hidden_activation}")
+    full_period(config.layer_types)
+    scalar = config.hidden_size // config.num_attention_heads if config.num_hidden_layers == GEMMA_27B else config.head_dim
+    if config.query_pre_attn_scalar != scalar:
+        raise UserError(f"llama.cpp takes query_pre_attn_scalar for {scalar} in this gemma3 model, not {config.query_pre_attn_scalar}")
+
+
+def full_period(layer_types: list[str]) -> int:
+    """Every how many layers one has no sliding window, the only pattern llama.cpp has for Gemma.
+
+    >>> full_period(["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"])
+    3
+    """
+    period = layer_types.index("full_attention") + 1 if "full_attention" in layer_types else len(layer_types) + 1
+    if any((kind == "full_attention") != (i % period == 0) for i, kind in enumerate(layer_types, 1)):
+        raise UserError(f"gguf holds gemma3 models where one layer in every {period} has no sliding window; layer_types say otherwise")
+    return period
 
 
 def rope_factors(config: Any) -> np.ndarray | None:
@@ -315,82 +392,6 @@ def rope_factors(config: Any) -> np.ndarray | None:
     original, low, high = p["original_max_position_embeddings"], p["low_freq_factor"], p["high_freq_factor"]
     smooth = np.clip((original / wavelength - low) / (high - low), 0, 1)
     return (1 / ((1 - smooth) / p["factor"] + smooth)).astype(np.float32)
-
-
-GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
-LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-
-
-def split_by(regex: str) -> dict[str, Any]:
-    """A pre-tokenizer that isolates the matches of a pattern."""
-    return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
-
-
-PRE_TOKENIZERS = {  # tokenizer.ggml.pre -> the steps in tokenizer.json
-    "gpt-2": [GPT2],
-    "smollm": [{"type": "Digits", "individual_digits": True}, GPT2],
-    "llama-bpe": [split_by(LLAMA3), BYTES],
-    "qwen2": [split_by(QWEN2), BYTES],
-}
-
-
-def pre_tokenizer(spec: dict[str, Any]) -> str:
-    """llama.cpp's name of the way tokenizer.json splits text into words; a UserError if it has none we know.
-
-    llama.cpp's own converter knows the vocabularies of published models by hash; the steps are what it stands for, and
-    survive a new vocabulary.
-    """
-    steps = spec["pre_tokenizer"] or {}
-    steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
-    plain = [{k: v for k, v in step.items() if k != "trim_offsets"} for step in steps]
-    for name, known in PRE_TOKENIZERS.items():
-        if plain == known:
-            return name
-    kinds = " + ".join(str(s.get("type")) for s in plain)
-    raise UserError(
-        f"gguf export knows the pre-tokenizers of {', '.join(PRE_TOKENIZERS)}; this tokenizer splits by {kinds} with other options"
-    )
-
-
-def add_tokenizer(writer: Any, tokenizer: Any, vocabulary: int) -> None:
-    """A byte-level BPE from tokenizer.json."""
-    if not tokenizer.is_fast:
-        raise UserError("gguf export reads tokenizer.json, and this tokenizer has none")
-    spec = json.loads(tokenizer.backend_tokenizer.to_str())
-    model = spec["model"]
-    if model["type"] != "BPE" or model.get("byte_fallback"):
-        kind = "a sentencepiece BPE" if model["type"] == "BPE" else model["type"]
-        raise UserError(f"gguf export knows byte-level BPE tokenizers; this one is {kind}")
-    if spec["normalizer"] not in (None, {"type": "NFC"}):
-        raise UserError(
-            f"gguf export knows tokenizers that leave the text as it is; this one has a {spec['normalizer']['type']} normalizer"
-        )
-    types = gguf_package().TokenType
-    tokens = {i: (t, types.NORMAL) for t, i in model["vocab"].items()}
-    for added in spec["added_tokens"]:
-        tokens[added["id"]] = (added["content"], types.CONTROL if added["special"] else types.USER_DEFINED)
-    if max(tokens) >= vocabulary:
-        raise UserError(f"the tokenizer has {max(tokens) + 1} tokens, the model {vocabulary}")
-    listed = [tokens.get(i, (f"[PAD{i}]", types.UNUSED)) for i in range(vocabulary)]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre_tokenizer(spec))
-    writer.add_token_list([t for t, _ in listed])
-    writer.add_token_types([k for _, k in listed])
-    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in model["merges"]])
-    ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "unk": tokenizer.unk_token_id, "pad": tokenizer.pad_token_id}
-    add = {"bos": writer.add_bos_token_id, "eos": writer.add_eos_token_id, "unk": writer.add_unk_token_id, "pad": writer.add_pad_token_id}
-    for name, i in ids.items():
-        if i is not None:
-            add[name](i)
-    around = tokenizer("")["input_ids"]  # what it puts around every text
-    writer.add_add_bos_token(ids["bos"] is not None and around[:1] == [ids["bos"]])
-    writer.add_add_eos_token(ids["eos"] is not None and len(around) > 1 and around[-1] == ids["eos"])
-    writer.add_add_space_prefix(False)
-    if tokenizer.chat_template:
-        template = tokenizer.chat_template
-        writer.add_chat_template(template if isinstance(template, str) else [{"name": n, "template": t} for n, t in template.items()])
 
 
 def nearest_q8(value: Tensor) -> np.ndarray:

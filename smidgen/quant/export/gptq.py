@@ -53,6 +53,7 @@ from smidgen.quant.export.rest import Rest
 from smidgen.quant.formats import must_be_uniform
 from smidgen.quant.pack import pack, unpack
 from smidgen.quant.shards import Shards
+from smidgen.quant.writing import writing
 
 BITS = (2, 3, 4, 8)
 GROUPS = (16, 32, 64, 128, 256, 512, 1024)  # and whole rows: what GPTQModel's kernels take
@@ -74,7 +75,6 @@ class Gptq:
     def __post_init__(self) -> None:
         self.shards = Shards(self.folder)
         self.rest = Rest(self.checkpoint)
-        self.tokenizer = self.checkpoint.tokenizer()
 
     @staticmethod
     def check(model: PreTrainedModel, layers: list[str], grid: Grid) -> None:
@@ -132,17 +132,10 @@ class Gptq:
         if self.grid is None:
             raise UserError(f"{self.checkpoint.folder}: no layer was quantized")
         quantization = quantization_config(self.grid)
-        config = self.checkpoint.config.to_diff_dict()
-        config.pop("_name_or_path", None)
-        config["architectures"] = [type(self.model).__name__]
-        dtype = self.checkpoint.dtype()
-        config["dtype"] = "bfloat16" if dtype == torch.bfloat16 else "float16"  # kernels compute in 16 bits
-        config["quantization_config"] = quantization
-        if self.model.generation_config is not None:
-            self.model.generation_config.save_pretrained(self.folder)
-        self.tokenizer.save_pretrained(self.folder)
-        (self.folder / "quantize_config.json").write_text(json.dumps(quantization, indent=1))
-        (self.folder / "config.json").write_text(json.dumps(config, indent=1, default=str))
+        with writing(self.folder):
+            (self.folder / "quantize_config.json").write_text(json.dumps(quantization, indent=1))
+        dtype = torch.bfloat16 if self.checkpoint.dtype() == torch.bfloat16 else torch.float16  # kernels compute in 16 bits
+        self.rest.describe(self.folder, self.model, dtype, quantization)
 
 
 def quantization_config(grid: Grid) -> dict[str, Any]:

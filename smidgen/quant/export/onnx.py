@@ -41,6 +41,7 @@ from smidgen.errors import UserError
 from smidgen.grid import Grid, QWeight
 from smidgen.quant.checkpoint import Checkpoint
 from smidgen.quant.formats import must_be_uniform
+from smidgen.quant.writing import writing
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -69,7 +70,9 @@ class Onnx:
 
     def __post_init__(self) -> None:
         _library()
-        self.checkpoint.tokenizer().save_pretrained(self.folder)
+        tokenizer = self.checkpoint.tokenizer()
+        with writing(self.folder):
+            tokenizer.save_pretrained(self.folder)
         if not (self.folder / "tokenizer.json").is_file():
             raise UserError(f"{self.checkpoint.folder}: its tokenizer has no tokenizer.json form, which ONNX runtimes read")
         (self.folder / DATA).touch()
@@ -130,15 +133,16 @@ class Onnx:
         cos, sin = self._angles()
         self._store("cos_cache", cos)
         self._store("sin_cache", sin)
-        (self.folder / "genai_config.json").write_text(json.dumps(self._genai_config(), indent=1))
         graph = Decoder(self.model, self.tensors, self.grids).graph()
-        ir.save(ir.Model(graph, ir_version=10, producer_name="smidgen"), self.folder / GRAPH)
+        with writing(self.folder):
+            (self.folder / "genai_config.json").write_text(json.dumps(self._genai_config(), indent=1))
+            ir.save(ir.Model(graph, ir_version=10, producer_name="smidgen"), self.folder / GRAPH)
 
     def _store(self, name: str, array: np.ndarray) -> None:
         """Appends a tensor to the data file."""
         import onnx_ir as ir
 
-        with (self.folder / DATA).open("ab") as file:
+        with writing(self.folder / DATA), (self.folder / DATA).open("ab") as file:
             start = -(-file.tell() // PAGE) * PAGE if array.nbytes >= PAGE else -(-file.tell() // 64) * 64
             file.write(b"\0" * (start - file.tell()))
             file.write(np.ascontiguousarray(array).data)

@@ -1,6 +1,9 @@
-"""What a checkpoint keeps unquantized, read once and written as it is stored."""
+"""What a checkpoint keeps unquantized, read once and written as it is stored, and what makes weights a model folder."""
 
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +11,7 @@ from transformers import PreTrainedModel
 
 from smidgen.errors import UserError
 from smidgen.quant.checkpoint import Checkpoint
+from smidgen.quant.writing import writing
 
 
 @dataclass
@@ -17,6 +21,9 @@ class Rest:
     checkpoint: Checkpoint
     done: set[str] = field(default_factory=set)
     "Names of what is written, quantized or not."
+
+    def __post_init__(self) -> None:
+        self.tokenizer = self.checkpoint.tokenizer()  # a model folder without one is refused before any work
 
     def of_block(self, module: nn.Module, path: str) -> dict[str, Tensor]:
         """Those of a block, with the values they have in `module`; what is on the meta device there is read."""
@@ -28,11 +35,27 @@ class Rest:
         tied = model.all_tied_weights_keys
         return self._read([n for n, _ in model.named_parameters(remove_duplicate=False) if n not in tied], {})
 
+    def describe(self, folder: Path, model: PreTrainedModel, dtype: torch.dtype, quantization: dict[str, Any]) -> None:
+        """Writes tokenizer and configuration of a checkpoint that transformers loads."""
+        if model.generation_config is not None:
+            with writing(folder):
+                model.generation_config.save_pretrained(folder)
+        about = {"architectures": [type(model).__name__], "dtype": str(dtype).removeprefix("torch."), "quantization_config": quantization}
+        write_config(folder, self.checkpoint, self.tokenizer, about)
+
     def _read(self, names: list[str], changed: dict[str, Tensor]) -> dict[str, Tensor]:
         names = [n for n in names if n not in self.done]
         self.done |= set(names)
         read = self.checkpoint.read(names)
         return {n: half(changed[n].to("cpu", value.dtype) if n in changed else value, n) for n, value in read.items()}
+
+
+def write_config(folder: Path, checkpoint: Checkpoint, tokenizer: Any, about: dict[str, Any]) -> None:
+    """The tokenizer and config.json, that of the checkpoint with what is new `about` the weights; it comes last."""
+    config = {k: v for k, v in checkpoint.config.to_diff_dict().items() if k not in ("_name_or_path", "quantization_config")}
+    with writing(folder):
+        tokenizer.save_pretrained(folder)
+        (folder / "config.json").write_text(json.dumps(config | about, indent=1, default=str))
 
 
 def half(value: Tensor, name: str) -> Tensor:

@@ -8,18 +8,18 @@ import numpy as np
 from jaxtyping import Float32, Int
 
 from smidgen.errors import UserError
+from smidgen.quant.runtimes.tokenizer import TokenizerFile
 
 
 class ExecuTorch:
     """One loaded program."""
 
-    def __init__(self, name: str, program: Any, tokenizer: Any, length: int, end: set[int]) -> None:
+    def __init__(self, name: str, program: Any, texts: TokenizerFile, length: int) -> None:
         self.name = name
         self.program: Any = program
         self.forward: Any = program.load_method("forward")
-        self.tokenizer = tokenizer
-        self.length, self.end = length, end
-        self.position = 0
+        self.encode, self.decode, self.ends = texts.encode, texts.decode, texts.ends
+        self.length, self.position = length, 0
 
     @classmethod
     def open(cls, artifact: Path, length: int = 1024, threads: int | None = None) -> "ExecuTorch":
@@ -33,20 +33,17 @@ class ExecuTorch:
             from importlib.metadata import version
 
             from executorch.runtime import Runtime  # pyright: ignore[reportMissingImports]
-            from tokenizers import Tokenizer
         except ImportError as error:
             raise UserError(f"running .pte files needs {error.name}: pip install smidgen[executorch]") from error
         try:
             program: Any = Runtime.get().load_program(artifact / "model.pte")
             most = program.load_method("get_max_seq_len").execute(())[0]
-            tokenizer = Tokenizer.from_file(str(artifact / "tokenizer.json"))
-            ends = json.loads((artifact / "config.json").read_text())["eos_token_id"]
-            runtime = cls(f"executorch {version('executorch')}", program, tokenizer, most, set(ends if isinstance(ends, list) else [ends]))
-        except Exception as error:  # RuntimeError for a damaged program; tokenizers raises plain Exception
-            raise UserError(f"{artifact} cannot be loaded: {str(error).splitlines()[0]}") from error
+            end = json.loads((artifact / "config.json").read_text())["eos_token_id"]
+        except (RuntimeError, ValueError, KeyError) as error:  # of the program; of its configuration
+            raise UserError(f"{artifact} cannot be loaded: {' '.join(str(error).split())}") from error
         if length > most:
             raise UserError(f"{artifact} reads up to {most} tokens, not {length}; use --length {most}")
-        return runtime
+        return cls(f"executorch {version('executorch')}", program, TokenizerFile.read(artifact, end), most)
 
     def logits(self, tokens: Int[np.ndarray, "length"]) -> Float32[np.ndarray, "length vocab"]:
         """Of every position of one text, from an empty cache."""
@@ -60,18 +57,6 @@ class ExecuTorch:
     def step(self, token: int) -> Float32[np.ndarray, "vocab"]:
         """Reads one more token."""
         return self._read(np.array([token]))[-1]
-
-    def encode(self, text: str) -> list[int]:
-        """Tokens of a text, by the tokenizer that travels with the artifact; no special tokens."""
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
-
-    def decode(self, tokens: list[int]) -> str:
-        """The opposite."""
-        return self.tokenizer.decode(tokens, skip_special_tokens=False)
-
-    def ends(self, token: int) -> bool:
-        """Whether the token ends a text."""
-        return token in self.end
 
     def close(self) -> None:
         """Frees what the runtime holds."""

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float32, Int
 
 from smidgen.errors import UserError
+from smidgen.quant.runtimes.tokenizer import TokenizerFile
 
 PIECE = 128  # tokens read at once
 FILES = ("model.onnx", "model.onnx.data", "genai_config.json", "tokenizer.json")
@@ -21,10 +22,11 @@ FILES = ("model.onnx", "model.onnx.data", "genai_config.json", "tokenizer.json")
 class OnnxRuntime:
     """One loaded model."""
 
-    def __init__(self, session: Any, tokenizer: Any, length: int, end: set[int], name: str) -> None:
+    def __init__(self, session: Any, texts: TokenizerFile, length: int, name: str) -> None:
         from onnxruntime import OrtValue
 
-        self.session, self.tokenizer, self.length, self.end, self.name = session, tokenizer, length, end, name
+        self.session, self.length, self.name = session, length, name
+        self.encode, self.decode, self.ends = texts.encode, texts.decode, texts.ends
         self.vocabulary = session.get_outputs()[0].shape[2]
         self.binding = session.io_binding()
         pasts = [i for i in session.get_inputs() if i.name.startswith("past_key_values.")]
@@ -40,7 +42,6 @@ class OnnxRuntime:
         """Loads a folder, or the graph in it, for up to `length` tokens or as many as the model has positions."""
         try:
             import onnxruntime
-            from tokenizers import Tokenizer
         except ImportError as error:
             raise UserError(f"running ONNX artifacts needs the package {error.name}: pip install smidgen[onnx]") from error
         artifact = artifact.parent if artifact.is_file() else artifact
@@ -54,15 +55,13 @@ class OnnxRuntime:
         try:
             config = json.loads((artifact / "genai_config.json").read_text())["model"]
             context, end = config["context_length"], config["eos_token_id"]
-            tokenizer = Tokenizer.from_file(str(artifact / "tokenizer.json"))
             session = onnxruntime.InferenceSession(artifact / "model.onnx", options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # tokenizers raises Exception itself, onnxruntime a dozen unrelated types for damaged files
+        except Exception as error:  # onnxruntime raises a dozen unrelated types for damaged files
             raise UserError(f"{artifact} is damaged or no model of ours: {' '.join(str(error).split())[:200]}") from error
         names = [value.name for value in [*session.get_inputs(), *session.get_outputs()[:1]]]
         if names[:3] != ["input_ids", "attention_mask", "past_key_values.0.key"] or names[-1] != "logits":
             raise UserError(f"{artifact} is a model with inputs {', '.join(names[:3])}..., not a decoder with a cache")
-        ends = set(end if isinstance(end, list) else [end])
-        return cls(session, tokenizer, min(length, context), ends, f"onnxruntime {onnxruntime.__version__}")
+        return cls(session, TokenizerFile.read(artifact, end), min(length, context), f"onnxruntime {onnxruntime.__version__}")
 
     def logits(self, tokens: Int[np.ndarray, "length"]) -> Float32[np.ndarray, "length vocab"]:
         """Of every position of one text, from an empty cache."""
@@ -84,18 +83,6 @@ class OnnxRuntime:
     def step(self, token: int) -> Float32[np.ndarray, "vocab"]:
         """Reads one more token."""
         return self._read(np.array([token]))[0]
-
-    def encode(self, text: str) -> list[int]:
-        """Tokens of a text, without special ones."""
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
-
-    def decode(self, tokens: list[int]) -> str:
-        """The opposite."""
-        return self.tokenizer.decode(tokens, skip_special_tokens=False)
-
-    def ends(self, token: int) -> bool:
-        """Whether the token ends a text."""
-        return token in self.end
 
     def close(self) -> None:
         """Frees weights and cache."""

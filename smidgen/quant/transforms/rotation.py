@@ -33,6 +33,7 @@ from smidgen.quant.blocks import decoder_list
 from smidgen.quant.checkpoint import Checkpoint
 from smidgen.quant.families import FAMILIES, Family
 from smidgen.quant.shards import Shards
+from smidgen.quant.writing import writing
 
 RMSNORM = ("llama", "mistral", "qwen2", "qwen3", "smollm3")  # families with plain RMSNorm: x / rms(x) * gain
 FINAL_NORM = "norm"  # in all of them, inside the base model
@@ -60,7 +61,8 @@ def rotate(checkpoint: Checkpoint, folder: Path, seed: int = 0) -> Checkpoint:
     (folder / "config.json").write_text(json.dumps(config, indent=1, default=str))
     if (checkpoint.folder / "generation_config.json").is_file():
         shutil.copyfile(checkpoint.folder / "generation_config.json", folder / "generation_config.json")
-    checkpoint.tokenizer().save_pretrained(folder)
+    with writing(folder):
+        checkpoint.tokenizer().save_pretrained(folder)
     return Checkpoint(folder, checkpoint.name)
 
 
