@@ -66,7 +66,7 @@ class Onnx:
     grids: dict[str, Grid] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _library()
+        library()
         self.checkpoint.tokenizer().save_pretrained(self.folder)
         if not (self.folder / "tokenizer.json").is_file():
             raise UserError(f"{self.checkpoint.folder}: its tokenizer has no tokenizer.json form, which ONNX runtimes read")
@@ -76,7 +76,7 @@ class Onnx:
     def check(model: PreTrainedModel, layers: list[str], grid: Grid) -> None:
         """Raises a UserError before any work if the format cannot hold these layers on this grid."""
         must_be_uniform(grid, "ONNX files")
-        _library()
+        library()
         must_be_decoder(model)
         widths = []
         for name in layers:
@@ -498,7 +498,15 @@ def matrix(value: Tensor, name: str) -> np.ndarray:
 
 def read(folder: Path) -> dict[str, QWeight]:
     """The quantized layers of an artifact, by their names in the model."""
-    ir = _library()
+    nodes = [n for n in graph_of(folder) if n.op_type == "MatMulNBits" and GRID in n.metadata_props]
+    if not nodes:
+        raise UserError(f"{folder / GRAPH} has no layers that smidgen quantized")
+    return {str(node.name): read_layer(node, folder) for node in nodes}
+
+
+def graph_of(folder: Path) -> "ir.Graph":
+    """The graph of an artifact whose data file holds all of its tensors."""
+    ir = library()
     from google.protobuf.message import DecodeError
 
     if not (folder / GRAPH).is_file() or not (folder / DATA).is_file():
@@ -507,15 +515,12 @@ def read(folder: Path) -> dict[str, QWeight]:
         graph = ir.load(folder / GRAPH).graph
     except (DecodeError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / GRAPH} is not a readable ONNX file: {' '.join(str(error).split())}") from error
-    nodes = [n for n in graph if n.op_type == "MatMulNBits" and GRID in n.metadata_props]
-    if not nodes:
-        raise UserError(f"{folder / GRAPH} has no layers that smidgen quantized")
     size = (folder / DATA).stat().st_size
     for name, value in graph.initializers.items():
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor) and (tensor.offset or 0) + (tensor.length or 0) > size:
             raise UserError(f"{folder / DATA} is cut off before the end of {name}; export the model again")
-    return {str(node.name): read_layer(node, folder) for node in nodes}
+    return graph
 
 
 def read_layer(node: "ir.Node", folder: Path) -> QWeight:
@@ -535,7 +540,7 @@ def read_layer(node: "ir.Node", folder: Path) -> QWeight:
     return QWeight(torch.from_numpy(codes), scale, torch.from_numpy(zero).to(scale.dtype), grid)
 
 
-def _library() -> Any:
+def library() -> Any:
     """onnx_ir, which writes the graph."""
     try:
         import onnx_ir
