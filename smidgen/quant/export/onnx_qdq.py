@@ -11,12 +11,14 @@ MatMulIntegerToFloat: 8-bit products summed in 32 bits, then scaled. Layers that
     input.scale, input.zero   float32 and uint8, one of each     code = clip(round(x / scale) + zero, 0, 2^bits - 1), halves to even
     weight                    (in, out) int8, or INT4 up to 4 bits, symmetric
     weight.scale              (out,) float32
-    bias                      (out,) float32
+    bias                      (1, 1, out) float32
 
 Why so, all of it tried with ONNX Runtime 1.31:
 
 - Below 8 bits the *codes* are clipped, an exact integer operation on a quarter of the bytes a float Clip would read.
 - INT4 weights go through a Cast, which is computed once, at load. Without it the product is not fused and runs in float32, 40 times slower.
+- Where shapes are known, ONNX Runtime makes a product and a bias vector one Gemm before it looks for quantizers, and runs it in float32.
+  It does not for a bias (1, 1, out), so that is how biases are stored, and matrices (n, in) go through as (1, n, in), which copies nothing.
 - x86 without VNNI adds pairs of products in 16 bits and saturates silently: 64 products 255 * 127 gave half their sum. The session
   option `session.x64quantprecision` turns weights into uint8, for which the kernel is exact, but 2.2 times slower on a
   processor that has VNNI. So the weights stay int8, `genai_config.json` carries the option where a sum can pass 2^15
@@ -151,7 +153,8 @@ class Qdq:
         layer, product = self.layers[name], draw.ir.Value(name=f"{name}.product")
         node = draw.node(name, "MatMul", [self._input(draw, name, x, layer), self._weight(draw, name)], [product])
         node.metadata_props[STATIC] = json.dumps({"weight_bits": layer.weight_bits, "input_bits": layer.input_bits})
-        return biased(draw, name, product)
+        y = biased(draw, name, product)
+        return draw.op(f"{name}.rows", "Squeeze", [y, draw.integers("first", [0])]) if _is_matrix(x) else y
 
     def _input(self, draw: Drawing, name: str, x: "ir.Value", layer: StaticLayer) -> "ir.Value":
         """`x` as rounded, drawn for the first of its readers."""
@@ -159,6 +162,8 @@ class Qdq:
         if key not in self.drawn:
             scale = draw.constant(f"{name}.input.scale", np.array(layer.input_scale, np.float32))
             zero = draw.constant(f"{name}.input.zero", np.array(layer.input_zero, np.uint8))
+            if _is_matrix(x):
+                x = draw.op(f"{name}.input.rows", "Unsqueeze", [x, draw.integers("first", [0])])
             codes = draw.op(f"{name}.input.codes", "QuantizeLinear", [x, scale, zero])
             if layer.input_bits < 8:
                 ends = [draw.constant(f"codes.{end}", np.array(end, np.uint8)) for end in (0, 2**layer.input_bits - 1)]
@@ -172,6 +177,11 @@ class Qdq:
         if codes.dtype == draw.ir.DataType.INT4:
             codes = draw.op(f"{name}.weight.int8", "Cast", [codes], to=draw.ir.DataType.INT8)
         return draw.op(f"{name}.weight.rounded", "DequantizeLinear", [codes, draw.initializer(f"{name}.weight.scale")], axis=1)
+
+
+def _is_matrix(x: "ir.Value") -> bool:
+    """Whether `x` has two axes, as far as is known."""
+    return x.shape is not None and x.shape.rank() == 2
 
 
 def check(module: nn.Module, layers: dict[str, StaticLayer]) -> None:
@@ -207,7 +217,7 @@ def store(data: DataFile, name: str, layer: StaticLayer) -> None:
         data.store(f"{name}.weight", np.ascontiguousarray(codes))
     data.store(f"{name}.weight.scale", vector(layer.scale))
     if layer.bias is not None:
-        data.store(f"{name}.bias", vector(layer.bias))
+        data.store(f"{name}.bias", vector(layer.bias)[None, None])
 
 
 def float_parameters(module: nn.Module, path: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -237,7 +247,7 @@ def read(folder: Path) -> dict[str, StaticLayer]:
             layers[str(node.name)] = StaticLayer(
                 codes=_int8(codes),
                 scale=torch.from_numpy(scale.copy()),
-                bias=None if bias is None else torch.from_numpy(bias.numpy().copy()),
+                bias=None if bias is None else torch.from_numpy(bias.numpy().flatten()),
                 weight_bits=bits["weight_bits"],
                 input_scale=float(input_scale),
                 input_zero=int(input_zero),
