@@ -25,11 +25,15 @@ app = App(
     suppress_keyboard_interrupt=False,
 )
 app.command("smidgen.quant.quantize:command", name="quantize", help="Quantize a language model and measure the written artifact.")
+app.command("smidgen.quant.qat:command", name="qat", help="Train a language model for quantized weights and activations.")
 app.command("smidgen.quant.statistics:command", name="collect", help="Collect a model's statistics once, to quantize to any bits later.")
 app.command("smidgen.quant.evaluate:command", name="evaluate", help="Measure the perplexity of a model or artifact on texts.")
 app.command("smidgen.quant.convert:command", name="convert", help="Write an artifact's integers in another runtime's format.")
 app.command("smidgen.quant.generate:run_command", name="run", help="Continue a prompt in the runtime an artifact is for.")
 app.command("smidgen.quant.generate:bench_command", name="bench", help="Measure an artifact in its runtime: speed, memory, perplexity.")
+lab = App(name="lab", help="Controlled experiments.", result_action="return_value")
+app.command(lab)
+lab.command("smidgen.lab.ranges:command", name="ranges", help="Which way to write a learned range converges, oscillates or sticks.")
 app.command("smidgen.report:command", name="report", help="Write a page that shows one run, or compares several.")
 
 

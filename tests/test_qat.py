@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from smidgen.cli import app, main
+from smidgen.cli import main
 from smidgen.errors import UserError
 from smidgen.fit import CHECKPOINT, FitConfig
 from smidgen.quant.qat import (
@@ -30,9 +30,6 @@ from smidgen.quant.qat import (
 from smidgen.quant.ranges import Range
 from smidgen.quant.simulate import Scheme, activations_of, set_mode, simulate, static_layer
 from smidgen.run import Run
-
-if "qat" not in app:
-    app.command("smidgen.quant.qat:command", name="qat")
 
 CPU = torch.device("cpu")
 WAYS = [("min-max", "exp"), ("beta-gamma", "identity"), ("beta-gamma", "exp"), ("beta-gamma", "sigmoid"), ("scale-offset", "exp")]

@@ -30,7 +30,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -64,38 +64,23 @@ class Onnx:
     checkpoint: Checkpoint
     model: PreTrainedModel
     "The skeleton: says which parameters exist, and how the blocks compute."
-    tensors: "dict[str, ir.ExternalTensor]" = field(default_factory=dict)
-    "What the data file holds so far, by the name in the graph."
     grids: dict[str, Grid] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _library()
+        library()
         tokenizer = self.checkpoint.tokenizer()
         with writing(self.folder):
             tokenizer.save_pretrained(self.folder)
         if not (self.folder / "tokenizer.json").is_file():
             raise UserError(f"{self.checkpoint.folder}: its tokenizer has no tokenizer.json form, which ONNX runtimes read")
-        (self.folder / DATA).touch()
+        self.data = DataFile(self.folder)
 
     @staticmethod
     def check(model: PreTrainedModel, layers: list[str], grid: Grid) -> None:
         """Raises a UserError before any work if the format cannot hold these layers on this grid."""
         must_be_uniform(grid, "ONNX files")
-        _library()
-        config: Any = model.config
-        if config.model_type not in FAMILIES:
-            raise UserError(f"ONNX export knows {', '.join(FAMILIES)} models, not '{config.model_type}'; use --export compressed-tensors")
-        if config.hidden_act != "silu":
-            raise UserError(
-                f"ONNX export knows the activation silu only, the model has {config.hidden_act}; use --export compressed-tensors"
-            )
-        rotary: Any = model.get_submodule("model.rotary_emb")
-        first: Any = model.get_submodule("model.layers.0.self_attn")
-        if rotary.rope_type not in ROPES or 2 * rotary.inv_freq.numel() != first.head_dim:
-            raise UserError(
-                f"ONNX export knows rotary angles of whole heads ({', '.join(ROPES)}), not this model's {rotary.rope_type}; "
-                "use --export compressed-tensors"
-            )
+        library()
+        must_be_decoder(model)
         widths = []
         for name in layers:
             layer = model.get_submodule(name)
@@ -115,11 +100,11 @@ class Onnx:
         for name, q in weights.items():
             self.grids[name] = q.grid
             for part, array in packed(q).items():
-                self._store(f"{name}.{part}", array)
+                self.data.store(f"{name}.{part}", array)
         others = {n: p for n, p in ((f"{path}.{n}", p) for n, p in module.named_parameters()) if n.removesuffix(".weight") not in weights}
         read = self.checkpoint.read(n for n, p in others.items() if p.is_meta)
         for name, parameter in others.items():
-            self._store(name, vector(read.get(name, parameter)))
+            self.data.store(name, vector(read.get(name, parameter)))
 
     def finish(self) -> None:
         """Writes what belongs to no block, onnxruntime-genai's configuration and the graph."""
@@ -128,72 +113,198 @@ class Onnx:
         tied = self.model.all_tied_weights_keys
         for name in ("model.embed_tokens.weight", "lm_head.weight"):
             if name not in tied:
-                self._store(name, matrix(self.checkpoint.read([name])[name], name))
-        self._store("model.norm.weight", vector(self.checkpoint.read(["model.norm.weight"])["model.norm.weight"]))
-        cos, sin = self._angles()
-        self._store("cos_cache", cos)
-        self._store("sin_cache", sin)
-        graph = Decoder(self.model, self.tensors, self.grids).graph()
+                self.data.store(name, matrix(self.checkpoint.read([name])[name], name))
+        self.data.store("model.norm.weight", vector(self.checkpoint.read(["model.norm.weight"])["model.norm.weight"]))
+        cos, sin = angles(self.model)
+        self.data.store("cos_cache", cos)
+        self.data.store("sin_cache", sin)
+        about = genai_config(self.model, self.checkpoint.folder)
+        graph = Decoder(self.model, self.data.tensors, NBits(self.grids)).graph()
         with writing(self.folder):
-            (self.folder / "genai_config.json").write_text(json.dumps(self._genai_config(), indent=1))
+            (self.folder / "genai_config.json").write_text(json.dumps(about, indent=1))
             ir.save(ir.Model(graph, ir_version=10, producer_name="smidgen"), self.folder / GRAPH)
 
-    def _store(self, name: str, array: np.ndarray) -> None:
-        """Appends a tensor to the data file."""
+
+def must_be_decoder(model: PreTrainedModel) -> None:
+    """Raises a UserError if `Decoder` cannot draw this model."""
+    config: Any = model.config
+    if config.model_type not in FAMILIES:
+        raise UserError(f"ONNX export knows {', '.join(FAMILIES)} models, not '{config.model_type}'; use --export compressed-tensors")
+    if config.hidden_act != "silu":
+        raise UserError(f"ONNX export knows the activation silu only, the model has {config.hidden_act}; use --export compressed-tensors")
+    rotary: Any = model.get_submodule("model.rotary_emb")
+    first: Any = model.get_submodule("model.layers.0.self_attn")
+    if rotary.rope_type not in ROPES or 2 * rotary.inv_freq.numel() != first.head_dim:
+        raise UserError(
+            f"ONNX export knows rotary angles of whole heads ({', '.join(ROPES)}), not this model's {rotary.rope_type}; "
+            "use --export compressed-tensors"
+        )
+
+
+def angles(model: PreTrainedModel) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines of every position, (positions, head / 2), as the model computes them."""
+    rotary: Any = model.get_submodule("model.rotary_emb")
+    positions = torch.arange(model.config.max_position_embeddings, dtype=torch.float32)
+    turned = positions[:, None] * rotary.inv_freq.to("cpu", torch.float32)
+    return (turned.cos() * rotary.attention_scaling).numpy(), (turned.sin() * rotary.attention_scaling).numpy()
+
+
+def genai_config(model: PreTrainedModel, source: Path, options: dict[str, str] | None = None) -> dict[str, Any]:
+    """What onnxruntime-genai asks of a decoder; `options` are entries of its session, `source` is named in errors."""
+    config: Any = model.config
+    attention: Any = model.get_submodule("model.layers.0.self_attn")
+    generation: Any = model.generation_config or config
+    end = config.eos_token_id if generation.eos_token_id is None else generation.eos_token_id
+    if end is None:
+        raise UserError(f"{source}: config.json has no eos_token_id, which onnxruntime-genai needs")
+    first = end[0] if isinstance(end, list) else end
+    layers, context = config.num_hidden_layers, config.max_position_embeddings
+    return {
+        "model": {
+            "type": config.model_type,
+            "bos_token_id": first if config.bos_token_id is None else config.bos_token_id,
+            "eos_token_id": end,
+            "pad_token_id": first if config.pad_token_id is None else config.pad_token_id,
+            "context_length": context,
+            "vocab_size": config.vocab_size,
+            "decoder": {
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": [], **(options or {})},
+                "filename": GRAPH,
+                "head_size": attention.head_dim,
+                "hidden_size": config.hidden_size,
+                "num_attention_heads": config.num_attention_heads,
+                "num_hidden_layers": layers,
+                "num_key_value_heads": config.num_key_value_heads,
+                "inputs": {
+                    "input_ids": "input_ids",
+                    "attention_mask": "attention_mask",
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {"logits": "logits", "present_key_names": "present.%d.key", "present_value_names": "present.%d.value"},
+            },
+        },
+        "search": {"do_sample": False, "max_length": context, "min_length": 0, "num_beams": 1, "past_present_share_buffer": True},
+    }
+
+
+@dataclass
+class DataFile:
+    """The tensors of a graph, each appended to the data file in `folder` when it is stored."""
+
+    folder: Path
+    tensors: "dict[str, ir.ExternalTensor]" = field(default_factory=dict)
+    "By the name in the graph."
+
+    def __post_init__(self) -> None:
+        (self.folder / DATA).write_bytes(b"")
+
+    def store(self, name: str, array: np.ndarray, dtype: "ir.DataType | None" = None, shape: Sequence[int] | None = None) -> None:
+        """An array as it is, or bytes that hold a tensor of `dtype` and `shape`."""
         import onnx_ir as ir
 
         with writing(self.folder / DATA), (self.folder / DATA).open("ab") as file:
             start = -(-file.tell() // PAGE) * PAGE if array.nbytes >= PAGE else -(-file.tell() // 64) * 64
             file.write(b"\0" * (start - file.tell()))
             file.write(np.ascontiguousarray(array).data)
-        dtype = ir.DataType.from_numpy(array.dtype)
         self.tensors[name] = ir.ExternalTensor(
-            DATA, start, array.nbytes, dtype, shape=ir.Shape(array.shape), name=name, base_dir=self.folder
+            DATA,
+            start,
+            array.nbytes,
+            dtype or ir.DataType.from_numpy(array.dtype),
+            shape=ir.Shape(array.shape if shape is None else shape),
+            name=name,
+            base_dir=self.folder,
         )
 
-    def _angles(self) -> tuple[np.ndarray, np.ndarray]:
-        """Cosines and sines of every position, (positions, head / 2), as the model computes them."""
-        rotary: Any = self.model.get_submodule("model.rotary_emb")
-        positions = torch.arange(self.model.config.max_position_embeddings, dtype=torch.float32)
-        angles = positions[:, None] * rotary.inv_freq.to("cpu", torch.float32)
-        return (angles.cos() * rotary.attention_scaling).numpy(), (angles.sin() * rotary.attention_scaling).numpy()
 
-    def _genai_config(self) -> dict[str, Any]:
-        config: Any = self.model.config
-        attention: Any = self.model.get_submodule("model.layers.0.self_attn")
-        generation: Any = self.model.generation_config or config
-        end = config.eos_token_id if generation.eos_token_id is None else generation.eos_token_id
-        if end is None:
-            raise UserError(f"{self.checkpoint.folder}: config.json has no eos_token_id, which onnxruntime-genai needs")
-        first = end[0] if isinstance(end, list) else end
-        layers, context = config.num_hidden_layers, config.max_position_embeddings
-        return {
-            "model": {
-                "type": config.model_type,
-                "bos_token_id": first if config.bos_token_id is None else config.bos_token_id,
-                "eos_token_id": end,
-                "pad_token_id": first if config.pad_token_id is None else config.pad_token_id,
-                "context_length": context,
-                "vocab_size": config.vocab_size,
-                "decoder": {
-                    "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
-                    "filename": GRAPH,
-                    "head_size": attention.head_dim,
-                    "hidden_size": config.hidden_size,
-                    "num_attention_heads": config.num_attention_heads,
-                    "num_hidden_layers": layers,
-                    "num_key_value_heads": config.num_key_value_heads,
-                    "inputs": {
-                        "input_ids": "input_ids",
-                        "attention_mask": "attention_mask",
-                        "past_key_names": "past_key_values.%d.key",
-                        "past_value_names": "past_key_values.%d.value",
-                    },
-                    "outputs": {"logits": "logits", "present_key_names": "present.%d.key", "present_value_names": "present.%d.value"},
-                },
-            },
-            "search": {"do_sample": False, "max_length": context, "min_length": 0, "num_beams": 1, "past_present_share_buffer": True},
-        }
+class Drawing:
+    """Nodes of a graph whose tensors are in a data file; a node with one output gives it its own name."""
+
+    def __init__(self, tensors: "dict[str, ir.ExternalTensor]") -> None:
+        import onnx_ir as ir
+
+        self.ir, self.tensors = ir, tensors
+        self.nodes: list[ir.Node] = []
+        self.values: dict[str, ir.Value] = {}  # initializers used so far
+
+    def value(self, name: str, dtype: "ir.DataType", shape: "list[int | str]") -> "ir.Value":
+        """An input or output of the graph."""
+        return self.ir.Value(name=name, type=self.ir.TensorType(dtype), shape=self.ir.Shape(shape))
+
+    def initializer(self, name: str) -> "ir.Value":
+        """A tensor of the data file."""
+        if name not in self.values:
+            tensor = self.tensors[name]
+            self.values[name] = self.ir.Value(name=name, type=self.ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+        return self.values[name]
+
+    def integers(self, name: str, numbers: int | list[int]) -> "ir.Value":
+        """A constant in the graph itself."""
+        return self.constant(f"constant.{name}", np.array(numbers, np.int64))
+
+    def constant(self, name: str, array: np.ndarray) -> "ir.Value":
+        """The same, of any type."""
+        if name not in self.values:
+            tensor = self.ir.Tensor(array, name=name)
+            self.values[name] = self.ir.Value(name=name, type=self.ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+        return self.values[name]
+
+    def op(self, name: str, kind: str, inputs: "Sequence[ir.Value]", **attributes: Any) -> "ir.Value":
+        """A node with one output."""
+        output = self.ir.Value(name=name)
+        self.node(name, kind, inputs, [output], **attributes)
+        return output
+
+    def node(self, name: str, kind: str, inputs: "Sequence[ir.Value]", outputs: "Sequence[ir.Value]", **attributes: Any) -> "ir.Node":
+        """Any node."""
+        contributed = kind in ("MatMulNBits", "GroupQueryAttention", "SkipSimplifiedLayerNormalization")
+        parameters = [self.ir.AttrInt64(k, int(v)) if isinstance(v, int) else self.ir.AttrFloat32(k, v) for k, v in attributes.items()]
+        node = self.ir.Node(CONTRIBUTED if contributed else "", kind, inputs, parameters, outputs=outputs, name=name)
+        self.nodes.append(node)
+        return node
+
+
+@runtime_checkable
+class Linear(Protocol):
+    """How a linear layer is drawn."""
+
+    def __call__(self, draw: Drawing, name: str, x: "ir.Value") -> "ir.Value":
+        """The layer `name` of `x`, its bias included."""
+        ...
+
+
+@dataclass(frozen=True)
+class NBits:
+    """Layers as MatMulNBits: groups of low-bit weights, float activations."""
+
+    grids: dict[str, Grid]
+    "By the layer's name."
+
+    def __call__(self, draw: Drawing, name: str, x: "ir.Value") -> "ir.Value":
+        """A quantized layer, and its bias if there is one."""
+        rows, groups, _ = draw.tensors[f"{name}.B"].shape.numpy()
+        grid = self.grids[name]
+        product = draw.ir.Value(name=name)
+        node = draw.node(
+            name,
+            "MatMulNBits",
+            [x, *(draw.initializer(f"{name}.{p}") for p in ("B", "scales", "zero_points") if f"{name}.{p}" in draw.tensors)],
+            [product],
+            N=rows,
+            K=groups * block(grid),
+            bits=width(grid.bits),
+            block_size=block(grid),
+            accuracy_level=1,
+        )
+        node.metadata_props[GRID] = json.dumps(asdict(grid))
+        return biased(draw, name, product)
+
+
+def biased(draw: Drawing, name: str, product: "ir.Value") -> "ir.Value":
+    """`product` and the layer's bias, if it has one."""
+    bias = f"{name}.bias"
+    return draw.op(f"{name}.sum", "Add", [product, draw.initializer(bias)]) if bias in draw.tensors else product
 
 
 class Decoder:
@@ -202,26 +313,24 @@ class Decoder:
     Values carry the names of what computes them in `transformers`, so a profile of the graph reads like the model.
     """
 
-    def __init__(self, model: PreTrainedModel, tensors: "dict[str, ir.ExternalTensor]", grids: dict[str, Grid]) -> None:
+    def __init__(self, model: PreTrainedModel, tensors: "dict[str, ir.ExternalTensor]", linear: Linear) -> None:
         import onnx_ir as ir
 
         self.ir = ir
         self.config: Any = model.config
         self.decoder: Any = model.get_submodule("model")
         self.tied = "lm_head.weight" in model.all_tied_weights_keys
-        self.tensors, self.grids = tensors, grids
-        self.nodes: list[ir.Node] = []
-        self.values: dict[str, ir.Value] = {}  # initializers used so far
+        self.draw, self.linear = Drawing(tensors), linear
 
     def graph(self) -> "ir.Graph":
         """Embedding, blocks, norm, head."""
         ir = self.ir
         config, layers = self.config, len(self.decoder.layers)
-        ids = self._value("input_ids", ir.DataType.INT64, ["batch", "length"])
-        mask = self._value("attention_mask", ir.DataType.INT64, ["batch", "total"])
+        ids = self.draw.value("input_ids", ir.DataType.INT64, ["batch", "length"])
+        mask = self.draw.value("attention_mask", ir.DataType.INT64, ["batch", "total"])
         pasts, presents = self._caches("past_key_values", "past", layers), self._caches("present", "present", layers)
         self.lengths = self._lengths(mask)
-        embedded = self._op("model.embed_tokens", "Gather", [self._initializer("model.embed_tokens.weight"), ids])
+        embedded = self.draw.op("model.embed_tokens", "Gather", [self.draw.initializer("model.embed_tokens.weight"), ids])
         residual = self._float("model.embed_tokens.float", embedded, "model.embed_tokens.weight")
         x = self._norm("model.layers.0.input_layernorm", residual)
         for i in range(layers):
@@ -234,8 +343,8 @@ class Decoder:
         return ir.Graph(
             [ids, mask, *(v for pair in pasts for v in pair)],
             [logits, *(v for pair in presents for v in pair)],
-            nodes=self.nodes,
-            initializers=list(self.values.values()),
+            nodes=self.draw.nodes,
+            initializers=list(self.draw.values.values()),
             opset_imports={"": 21, CONTRIBUTED: 1},
             name=config.model_type,
         )
@@ -243,28 +352,28 @@ class Decoder:
     def _caches(self, name: str, length: str, layers: int) -> "list[list[ir.Value]]":
         """Keys and values of every layer, (batch, heads, `length`, head)."""
         shape = ["batch", self.config.num_key_value_heads, length, self.decoder.layers[0].self_attn.head_dim]
-        return [[self._value(f"{name}.{i}.{kind}", self.ir.DataType.FLOAT, shape) for kind in ("key", "value")] for i in range(layers)]
+        return [[self.draw.value(f"{name}.{i}.{kind}", self.ir.DataType.FLOAT, shape) for kind in ("key", "value")] for i in range(layers)]
 
     def _lengths(self, mask: "ir.Value") -> "list[ir.Value]":
         """What attention asks of the mask: every text's last position (batch,), and how many there are in all, a number."""
-        counted = self._op("tokens", "ReduceSum", [mask, self._integers("axis", [1])], keepdims=0)
-        last = self._op("last", "Sub", [counted, self._integers("one", 1)])
-        total = self._op("total", "Gather", [self._op("mask.shape", "Shape", [mask]), self._integers("one", 1)])
+        counted = self.draw.op("tokens", "ReduceSum", [mask, self.draw.integers("axis", [1])], keepdims=0)
+        last = self.draw.op("last", "Sub", [counted, self.draw.integers("one", 1)])
+        total = self.draw.op("total", "Gather", [self.draw.op("mask.shape", "Shape", [mask]), self.draw.integers("one", 1)])
         int32 = self.ir.DataType.INT32
-        return [self._op("last.int32", "Cast", [last], to=int32), self._op("total.int32", "Cast", [total], to=int32)]
+        return [self.draw.op("last.int32", "Cast", [last], to=int32), self.draw.op("total.int32", "Cast", [total], to=int32)]
 
     def _attention(
         self, path: str, module: Any, layer: int, x: "ir.Value", past: "list[ir.Value]", present: "list[ir.Value]"
     ) -> "ir.Value":
         """(batch, length, width), through the cache."""
         config = self.config
-        q, k, v = (self._linear(f"{path}.{n}", x) for n in ("q_proj", "k_proj", "v_proj"))
+        q, k, v = (self.linear(self.draw, f"{path}.{n}", x) for n in ("q_proj", "k_proj", "v_proj"))
         if config.model_type == "qwen3":
             q, k = (self._head_norm(f"{path}.{n}", value, module.head_dim) for n, value in (("q_norm", q), ("k_norm", k)))
         rotary = config.model_type != "smollm3" or bool(config.no_rope_layers[layer])
-        angles = [self._initializer("cos_cache"), self._initializer("sin_cache")] if rotary else []
+        angles = [self.draw.initializer("cos_cache"), self.draw.initializer("sin_cache")] if rotary else []
         attended = self.ir.Value(name=path)
-        self._node(
+        self.draw.node(
             path,
             "GroupQueryAttention",
             [q, k, v, *past, *self.lengths, *angles],
@@ -275,51 +384,31 @@ class Decoder:
             do_rotary=int(rotary),
             local_window_size=window(config, module),
         )
-        return self._linear(f"{path}.o_proj", attended)
+        return self.linear(self.draw, f"{path}.o_proj", attended)
 
     def _mlp(self, path: str, x: "ir.Value") -> "ir.Value":
         """SwiGLU: down(silu(gate x) * up x)."""
-        gate, up = self._linear(f"{path}.gate_proj", x), self._linear(f"{path}.up_proj", x)
-        silu = self._op(f"{path}.act_fn", "Mul", [gate, self._op(f"{path}.sigmoid", "Sigmoid", [gate])])
-        return self._linear(f"{path}.down_proj", self._op(f"{path}.product", "Mul", [silu, up]))
-
-    def _linear(self, name: str, x: "ir.Value") -> "ir.Value":
-        """A quantized layer, and its bias if there is one."""
-        rows, groups, _ = self.tensors[f"{name}.B"].shape.numpy()
-        grid = self.grids[name]
-        product = self.ir.Value(name=name)
-        node = self._node(
-            name,
-            "MatMulNBits",
-            [x, *(self._initializer(f"{name}.{p}") for p in ("B", "scales", "zero_points") if f"{name}.{p}" in self.tensors)],
-            [product],
-            N=rows,
-            K=groups * block(grid),
-            bits=width(grid.bits),
-            block_size=block(grid),
-            accuracy_level=1,
-        )
-        node.metadata_props[GRID] = json.dumps(asdict(grid))
-        bias = f"{name}.bias"
-        return self._op(f"{name}.sum", "Add", [product, self._initializer(bias)]) if bias in self.tensors else product
+        gate, up = self.linear(self.draw, f"{path}.gate_proj", x), self.linear(self.draw, f"{path}.up_proj", x)
+        silu = self.draw.op(f"{path}.act_fn", "Mul", [gate, self.draw.op(f"{path}.sigmoid", "Sigmoid", [gate])])
+        return self.linear(self.draw, f"{path}.down_proj", self.draw.op(f"{path}.product", "Mul", [silu, up]))
 
     def _norm(self, name: str, x: "ir.Value") -> "ir.Value":
-        weight = self._initializer(f"{name}.weight")
-        return self._op(name, "SimplifiedLayerNormalization", [x, weight], axis=-1, epsilon=float(self.config.rms_norm_eps))
+        weight = self.draw.initializer(f"{name}.weight")
+        return self.draw.op(name, "SimplifiedLayerNormalization", [x, weight], axis=-1, epsilon=float(self.config.rms_norm_eps))
 
     def _head_norm(self, name: str, x: "ir.Value", head: int) -> "ir.Value":
         """Every head's queries or keys normed on their own."""
-        split = self._op(f"{name}.split", "Reshape", [x, self._integers("split", [0, 0, -1, head])])
-        return self._op(f"{name}.joined", "Reshape", [self._norm(name, split), self._integers("joined", [0, 0, -1])])
+        split = self.draw.op(f"{name}.split", "Reshape", [x, self.draw.integers("split", [0, 0, -1, head])])
+        return self.draw.op(f"{name}.joined", "Reshape", [self._norm(name, split), self.draw.integers("joined", [0, 0, -1])])
 
     def _add_and_norm(self, name: str, x: "ir.Value", residual: "ir.Value") -> "tuple[ir.Value, ir.Value]":
         """The norm of the sum, and the sum."""
         normed, total = self.ir.Value(name=name), self.ir.Value(name=f"{name}.residual")
         unused = [self.ir.Value(name=""), self.ir.Value(name="")]
-        self._node(
+        self.draw.node(
             name,
             "SkipSimplifiedLayerNormalization",
-            [x, residual, self._initializer(f"{name}.weight")],
+            [x, residual, self.draw.initializer(f"{name}.weight")],
             [normed, *unused, total],
             epsilon=float(self.config.rms_norm_eps),
         )
@@ -328,51 +417,19 @@ class Decoder:
     def _head(self, x: "ir.Value", ids: "ir.Value") -> "ir.Value":
         """float32 logits (batch, length, vocab). Gemm takes the matrix as it is stored, so a tied one is stored once."""
         name = "model.embed_tokens.weight" if self.tied else "lm_head.weight"
-        flat = self._op("lm_head.input", "Reshape", [x, self._integers("flat", [-1, self.config.hidden_size])])
-        matrix = self._float("lm_head.weight.float", self._initializer(name), name)
-        product = self._op("lm_head", "Gemm", [flat, matrix], transB=1)
-        vocabulary = self._integers("vocabulary", [self.config.vocab_size])
-        shape = self._op("logits.shape", "Concat", [self._op("input_ids.shape", "Shape", [ids]), vocabulary], axis=0)
-        logits = self._value("logits", self.ir.DataType.FLOAT, ["batch", "length", self.config.vocab_size])
-        self._node("logits", "Reshape", [product, shape], [logits])
+        flat = self.draw.op("lm_head.input", "Reshape", [x, self.draw.integers("flat", [-1, self.config.hidden_size])])
+        matrix = self._float("lm_head.weight.float", self.draw.initializer(name), name)
+        product = self.draw.op("lm_head", "Gemm", [flat, matrix], transB=1)
+        vocabulary = self.draw.integers("vocabulary", [self.config.vocab_size])
+        shape = self.draw.op("logits.shape", "Concat", [self.draw.op("input_ids.shape", "Shape", [ids]), vocabulary], axis=0)
+        logits = self.draw.value("logits", self.ir.DataType.FLOAT, ["batch", "length", self.config.vocab_size])
+        self.draw.node("logits", "Reshape", [product, shape], [logits])
         return logits
 
     def _float(self, name: str, x: "ir.Value", source: str) -> "ir.Value":
         """`x`, which is of the type of the tensor `source`, as float32."""
         float32 = self.ir.DataType.FLOAT
-        return x if self.tensors[source].dtype == float32 else self._op(name, "Cast", [x], to=float32)
-
-    def _value(self, name: str, dtype: "ir.DataType", shape: "list[int | str]") -> "ir.Value":
-        """An input or output of the graph."""
-        return self.ir.Value(name=name, type=self.ir.TensorType(dtype), shape=self.ir.Shape(shape))
-
-    def _initializer(self, name: str) -> "ir.Value":
-        """A tensor of the data file."""
-        if name not in self.values:
-            tensor = self.tensors[name]
-            self.values[name] = self.ir.Value(name=name, type=self.ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
-        return self.values[name]
-
-    def _integers(self, name: str, numbers: int | list[int]) -> "ir.Value":
-        """A constant in the graph itself."""
-        name = f"constant.{name}"
-        if name not in self.values:
-            tensor = self.ir.Tensor(np.array(numbers, np.int64), name=name)
-            self.values[name] = self.ir.Value(name=name, type=self.ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
-        return self.values[name]
-
-    def _op(self, name: str, kind: str, inputs: "Sequence[ir.Value]", **attributes: Any) -> "ir.Value":
-        """A node with one output, which bears its name."""
-        output = self.ir.Value(name=name)
-        self._node(name, kind, inputs, [output], **attributes)
-        return output
-
-    def _node(self, name: str, kind: str, inputs: "Sequence[ir.Value]", outputs: "Sequence[ir.Value]", **attributes: Any) -> "ir.Node":
-        contributed = kind in ("MatMulNBits", "GroupQueryAttention", "SkipSimplifiedLayerNormalization")
-        parameters = [self.ir.AttrInt64(k, int(v)) if isinstance(v, int) else self.ir.AttrFloat32(k, v) for k, v in attributes.items()]
-        node = self.ir.Node(CONTRIBUTED if contributed else "", kind, inputs, parameters, outputs=outputs, name=name)
-        self.nodes.append(node)
-        return node
+        return x if self.draw.tensors[source].dtype == float32 else self.draw.op(name, "Cast", [x], to=float32)
 
 
 def window(config: Any, attention: Any) -> int:
@@ -446,7 +503,15 @@ def matrix(value: Tensor, name: str) -> np.ndarray:
 
 def read(folder: Path) -> dict[str, QWeight]:
     """The quantized layers of an artifact, by their names in the model."""
-    ir = _library()
+    nodes = [n for n in graph_of(folder) if n.op_type == "MatMulNBits" and GRID in n.metadata_props]
+    if not nodes:
+        raise UserError(f"{folder / GRAPH} has no layers that smidgen quantized")
+    return {str(node.name): read_layer(node, folder) for node in nodes}
+
+
+def graph_of(folder: Path) -> "ir.Graph":
+    """The graph of an artifact whose data file holds all of its tensors."""
+    ir = library()
     from google.protobuf.message import DecodeError
 
     if not (folder / GRAPH).is_file() or not (folder / DATA).is_file():
@@ -455,15 +520,12 @@ def read(folder: Path) -> dict[str, QWeight]:
         graph = ir.load(folder / GRAPH).graph
     except (DecodeError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / GRAPH} is not a readable ONNX file: {' '.join(str(error).split())}") from error
-    nodes = [n for n in graph if n.op_type == "MatMulNBits" and GRID in n.metadata_props]
-    if not nodes:
-        raise UserError(f"{folder / GRAPH} has no layers that smidgen quantized")
     size = (folder / DATA).stat().st_size
     for name, value in graph.initializers.items():
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor) and (tensor.offset or 0) + (tensor.length or 0) > size:
             raise UserError(f"{folder / DATA} is cut off before the end of {name}; export the model again")
-    return {str(node.name): read_layer(node, folder) for node in nodes}
+    return graph
 
 
 def read_layer(node: "ir.Node", folder: Path) -> QWeight:
@@ -483,7 +545,7 @@ def read_layer(node: "ir.Node", folder: Path) -> QWeight:
     return QWeight(torch.from_numpy(codes), scale, torch.from_numpy(zero).to(scale.dtype), grid)
 
 
-def _library() -> Any:
+def library() -> Any:
     """onnx_ir, which writes the graph."""
     try:
         import onnx_ir

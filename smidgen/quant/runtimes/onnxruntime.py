@@ -6,6 +6,7 @@ logits of one piece at a time and not of every token times every word.
 """
 
 import json
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from smidgen.errors import UserError
 from smidgen.quant.runtimes.tokenizer import TokenizerFile
 
 PIECE = 128  # tokens read at once
+PRECISE = "session.x64quantprecision"  # session option: int8 weights as uint8, whose products no kernel saturates
 FILES = ("model.onnx", "model.onnx.data", "genai_config.json", "tokenizer.json")
 
 
@@ -48,14 +50,11 @@ class OnnxRuntime:
         missing = [f for f in FILES if not (artifact / f).is_file()]
         if missing:
             raise UserError(f"{artifact} is not an ONNX artifact: {missing[0]} is missing")
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # errors only; they are raised as well
-        if threads is not None:
-            options.intra_op_num_threads = threads
         try:
             config = json.loads((artifact / "genai_config.json").read_text())["model"]
             context, end = config["context_length"], config["eos_token_id"]
-            session = onnxruntime.InferenceSession(artifact / "model.onnx", options, providers=["CPUExecutionProvider"])
+            exact = config["decoder"]["session_options"].get(PRECISE) == "1"
+            session = onnxruntime.InferenceSession(artifact / "model.onnx", options(threads, exact), providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises a dozen unrelated types for damaged files
             raise UserError(f"{artifact} is damaged or no model of ours: {' '.join(str(error).split())[:200]}") from error
         names = [value.name for value in [*session.get_inputs(), *session.get_outputs()[:1]]]
@@ -102,3 +101,26 @@ class OnnxRuntime:
         self.session.run_with_iobinding(self.binding)
         self.used = total
         return logits[0]
+
+
+def options(threads: int | None = None, exact: bool = True) -> Any:
+    """Of a session; `exact`: the graph has products of 8-bit codes that must not saturate, on whichever processor."""
+    import onnxruntime
+
+    made = onnxruntime.SessionOptions()
+    made.log_severity_level = 3  # errors only; they are raised as well
+    if threads is not None:
+        made.intra_op_num_threads = threads
+    if exact and saturates():
+        made.add_session_config_entry(PRECISE, "1")
+    return made
+
+
+def saturates() -> bool:
+    """Whether this processor's uint8 by int8 products may be added in 16 bits: x86 without VNNI, or where that cannot be told."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    try:
+        return "vnni" not in Path("/proc/cpuinfo").read_text()
+    except OSError:  # another system than Linux
+        return True
