@@ -91,7 +91,8 @@ def test_folding_leaves_the_outputs_as_they_were(name, dtype, family, tokens, bl
         block.module.double()
         before = exact(block)
         fold(block, stats, GRID, 0.01, dtype)
-        torch.testing.assert_close(exact(block), before, rtol=1e-9, atol=1e-9)
+        tolerance = 1e-6 if "gemma" in name else 1e-9  # whose norms compute in float32 whatever their input is
+        torch.testing.assert_close(exact(block), before, rtol=1e-9, atol=tolerance)
         post_norm = name == "opt-post-norm"
         assert [site for site, _ in taken] == [s for s in block.family.folds if not (post_norm and s.before.endswith("norm"))]
         for _, zeta in taken:  # all of them moved

@@ -39,6 +39,8 @@ class Fold:
     "The layers fed with them, and nothing else is."
     through: Literal["nothing", "relu", "heads"] = "nothing"
     "What lies between; a relu passes positive factors only, heads copy each key/value head to the query heads that share it."
+    offset: float = 0.0
+    "What a norm adds to its weight: its gain is the sum."
 
 
 @dataclass(frozen=True)
@@ -94,9 +96,14 @@ _GPT2 = Family(
     (Fold("ln_1", ("attn.c_attn",)), Fold("attn.c_attn", ("attn.c_proj",), "heads"), Fold("ln_2", ("mlp.c_fc",))),
     residual={"attn.c_proj": "ln_1", "mlp.c_proj": "ln_2"},
 )
-_GEMMA3 = Family(  # its norms multiply by 1 + weight, which no factor is folded into; what is added to the stream passes a norm first
+_GEMMA3 = Family(  # its norms multiply by 1 + weight; what is added to the stream passes a norm first
     Attention("self_attn", "q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", gain_offset=1.0),
-    (Fold("self_attn.v_proj", ("self_attn.o_proj",), "heads"), Fold("mlp.up_proj", ("mlp.down_proj",))),
+    (
+        Fold("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), offset=1.0),
+        Fold("self_attn.v_proj", ("self_attn.o_proj",), "heads"),
+        Fold("pre_feedforward_layernorm", ("mlp.gate_proj", "mlp.up_proj"), offset=1.0),
+        Fold("mlp.up_proj", ("mlp.down_proj",)),
+    ),
     _SWIGLU,
 )
 

@@ -7,7 +7,7 @@ Without quantizers nothing changes; with them alpha decides which channels get t
 the producer's rows are multiplied by alpha and the columns of W divided by it: the same operations on the same numbers, and no alpha.
 
     kind      producer -> consumers                                exact because
-    norm      norm's gain and bias -> q, k, v or gate, up          a norm is affine in its gain and bias
+    norm      norm's gain and bias -> q, k, v or gate, up          a norm is affine in its gain and bias (Gemma's gain is 1 + weight)
     heads     v -> output projection                               attention mixes tokens, not channels
     product   up -> down                                           activation(gate) * up is linear in up
     relu      fc1 -> fc2                                           relu(alpha x) = alpha relu(x) for alpha > 0
@@ -39,7 +39,7 @@ from smidgen.quant.checkpoint import Checkpoint
 from smidgen.quant.families import Fold
 from smidgen.quant.linear import LINEAR, weight_of
 from smidgen.quant.simulate import Mode, QuantLinear, Scheme, activations_of, install, restore, set_mode, simulate_block
-from smidgen.quant.transforms.zfold import channels, move, storable
+from smidgen.quant.transforms.zfold import channels, foldable, move, storable
 from smidgen.run import PARTIAL, Run
 
 KINDS = ("norm", "heads", "product", "relu")
@@ -75,7 +75,7 @@ class Site:
     def store(self, dtype: torch.dtype) -> None:
         """Rounds to factors with which the gain can be stored in `dtype`, so that folding them later changes nothing."""
         if not isinstance(self.producer, LINEAR):
-            factors = storable(self.producer.get_parameter("weight"), self.a.exp(), dtype)
+            factors = storable(self.producer.get_parameter("weight"), self.a.exp(), dtype, self.fold.offset)
             self.a.copy_(factors.log())
 
     def largest_weights(self) -> Float[Tensor, "channels"]:
@@ -112,11 +112,11 @@ def legal(block: Block, kinds: tuple[str, ...]) -> list[Fold]:
 
 
 def _kind(block: Block, fold: Fold) -> str | None:
+    if not foldable(block, fold):
+        return None
     if not isinstance(block.module.get_submodule(fold.before), LINEAR):
-        return "norm" if block.pre_norm() else None
-    if fold.through == "relu":  # a family's default: single models may have another activation in its place
-        return "relu" if any(isinstance(m, nn.ReLU) for m in block.module.modules()) else None
-    return "heads" if fold.through == "heads" else "product"
+        return "norm"
+    return {"relu": "relu", "heads": "heads", "nothing": "product"}[fold.through]
 
 
 @dataclass
@@ -188,7 +188,7 @@ def adapted(block: Block, scheme: Scheme, kinds: tuple[str, ...]) -> Adapted:
         producer = block.module.get_submodule(fold.before)
         producer = layers[fold.before].layer if isinstance(producer, QuantLinear) else producer
         a = nn.Parameter(torch.zeros(int(source.max()) + 1, device=device))
-        live = torch.ones_like(a, dtype=torch.bool) if isinstance(producer, LINEAR) else producer.get_parameter("weight") != 0
+        live = torch.ones_like(a, dtype=torch.bool) if isinstance(producer, LINEAR) else producer.get_parameter("weight") + fold.offset != 0
         consumers = [layers[name] for name in fold.after]
         _attach(consumers, a, source)
         sites.append(Site(fold, a, source, live, consumers, producer))

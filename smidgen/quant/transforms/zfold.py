@@ -15,7 +15,7 @@ The authors search the scales on a grid in every round and weigh errors in two w
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from smidgen.grid import Grid, expand
 from smidgen.quant.blocks import Block, Matrix
@@ -37,14 +37,20 @@ def fold(block: Block, stats: dict[str, Stats], grid: Grid, damp: float, dtype: 
     """
     assert block.family is not None
     for site in block.family.folds:
-        before = block.module.get_submodule(site.before)
-        if not isinstance(before, LINEAR) and not block.pre_norm():
+        if not foldable(block, site):
             continue
         after = [m for m in block.matrices() if m.layer in site.after]
         source = channels(block, site, after[0].weight().shape[1])
         zeta = factors([(m.weight(), stats[m.name]) for m in after], source, grid, damp, positive=site.through == "relu")
         zeta = move(block, site, zeta, stats, dtype)
         rescale([stats[m.name] for m in after], zeta[source])
+
+
+def foldable(block: Block, site: Fold) -> bool:
+    """Whether a factor passes: not where norms stay in the residual stream, nor through a relu that in this model is something else."""
+    if site.through == "relu":
+        return any(isinstance(m, nn.ReLU) for m in block.module.modules())
+    return isinstance(block.module.get_submodule(site.before), LINEAR) or block.pre_norm()
 
 
 def channels(block: Block, site: Fold, columns: int) -> Int[Tensor, "columns"]:
@@ -138,15 +144,19 @@ def absorb(block: Block, site: Fold, zeta: Float[Tensor, "channels"], stats: dic
         if factor is not None:
             factor.div_((zeta[:, None] * zeta).view(len(factor), len(factor[0]), len(factor), -1).diagonal(dim1=0, dim2=2).permute(2, 0, 1))
         return zeta
-    zeta = storable(before.get_parameter("weight"), zeta, dtype)
-    for parameter in before.parameters():  # gain and bias
-        parameter.mul_(zeta)
+    zeta = storable(before.get_parameter("weight"), zeta, dtype, site.offset)
+    for name, parameter in before.named_parameters():  # gain and bias
+        offset = site.offset if name == "weight" else 0.0
+        parameter.add_(offset).mul_(zeta).sub_(offset)
     return zeta
 
 
-def storable(gain: Float[Tensor, "channels"], zeta: Float[Tensor, "channels"], dtype: torch.dtype) -> Float[Tensor, "channels"]:
-    """The factors nearest to zeta with which the gain can be stored in `dtype`; a gain of 0 takes none."""
-    folded = (gain * zeta).to(dtype).to(gain.dtype)
+def storable(
+    weight: Float[Tensor, "channels"], zeta: Float[Tensor, "channels"], dtype: torch.dtype, offset: float = 0.0
+) -> Float[Tensor, "channels"]:
+    """The factors nearest to zeta with which a norm's weight can be stored in `dtype`; a gain (weight + offset) of 0 takes none."""
+    gain = weight + offset
+    folded = (gain * zeta - offset).to(dtype).to(gain.dtype) + offset
     return torch.where((gain != 0) & (folded != 0), folded / gain, 1.0)
 
 
