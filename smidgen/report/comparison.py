@@ -105,7 +105,7 @@ def perplexity_figures(text: str, runs: list[Finished]) -> Iterator[Figure]:
 
 def sqnr_sections(runs: dict[str, Finished]) -> list[Section]:
     """Mean SQNR of every block, a line per run; over the layers whose loss is the same for all methods."""
-    calibrated = {name: run for name, run in runs.items() if has_sqnr(run.layers())}
+    calibrated = {name: run for name, run in runs.items() if "activations" not in run.metrics and has_sqnr(run.layers())}
     mixed = len({run.metric("method") for run in calibrated.values()}) > 1
     series = {name: block_means([row for row in run.layers() if not (mixed and row.get("role"))]) for name, run in calibrated.items()}
     series = {name: points for name, points in series.items() if points}

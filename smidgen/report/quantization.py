@@ -8,6 +8,7 @@ from smidgen import plots
 from smidgen.report.finished import Finished
 from smidgen.report.page import Cell, Figure, Sample, Section, Table
 from smidgen.report.run import facts
+from smidgen.report.training import curves, ranges
 from smidgen.report.words import finite, is_number, ratio
 
 WEAKEST = 5  # matrices listed as the weakest
@@ -38,6 +39,8 @@ def quantization(run: Finished) -> list[Section]:
     shown = {"model", "method", "bits", "group", "symmetric", "perplexity", "perplexity_float", "size_bytes", "size_bytes_float", "tokens"}
     tokens = {"calibration tokens": run.metric("tokens")}
     headline = Section("Before and after", table=before_and_after(run), facts=tokens | facts(run, shown))
+    if "activations" in run.metrics:
+        return [headline, *curves(run), *ranges(run)]
     return [headline, *layer_sections(run), *sample_sections(run)]
 
 
