@@ -64,6 +64,15 @@ def test_factors_beat_plain_ranges_at_few_bits(tiny_llama, quantize):
     assert found["quadapter"] < found["min-max"] and found["mse"] < found["min-max"], found
 
 
+@pytest.mark.parametrize(("name", "sites"), [("tiny_gpt2", ("norm",)), ("tiny_opt", ("norm", "relu"))])
+def test_both_phases_of_families_without_a_cache(request, quantize, tmp_path, name, sites):
+    pytest.importorskip("onnxscript", reason="needs the package onnxscript")
+    m = quantize(request.getfixturevalue(name), "--activations", "8", "--sites", *sites, "--finetune", "6")
+    (simulated,), (measured,), (unquantized,) = (m[k].values() for k in ("perplexity_simulated", "perplexity", "perplexity_float"))
+    assert measured == pytest.approx(simulated, rel=0.01) and measured < 1.05 * unquantized
+    assert (tmp_path / "run" / "onnx" / "model.onnx").is_file()
+
+
 def test_equalization_at_pairs_of_layers(tiny_llama, quantize):
     m = quantize(tiny_llama, "--method", "equalize", "--sites", "heads", "product", "--activations", "8", "--export", "none")
     (after,), (before,) = m["perplexity"].values(), m["perplexity_float"].values()

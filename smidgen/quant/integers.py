@@ -10,13 +10,15 @@ Perplexity `after` is measured in ONNX Runtime where the artifact is written, an
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float32, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -28,11 +30,11 @@ from smidgen.quant.calibrate import Calibration
 from smidgen.quant.checkpoint import Checkpoint
 from smidgen.quant.evaluate import exponential, mean_loss, perplexity, pick_device
 from smidgen.quant.export import onnx_qdq
-from smidgen.quant.export.onnx import FAMILIES, must_be_decoder
+from smidgen.quant.export.onnx import FAMILIES, library
 from smidgen.quant.memory import peak_bytes, reset_peak
 from smidgen.quant.qat import calibrate as observe
 from smidgen.quant.qat import clipping, split, train
-from smidgen.quant.runtimes.onnxruntime import OnnxRuntime
+from smidgen.quant.runtimes.onnxruntime import OnnxRuntime, options
 from smidgen.quant.simulate import QuantLinear, Scheme, simulate, static_layer
 from smidgen.quant.transforms import alpha
 from smidgen.quant.transforms.equalize import Equalization
@@ -133,13 +135,14 @@ def exported(config: "Config", skeleton: PreTrainedModel) -> bool:
     """Whether to write an artifact; a UserError if it is asked for and cannot be."""
     if config.export not in ("auto", "none", "onnx"):
         raise UserError(f"models with quantized activations are written as onnx, not {config.export}; use --export onnx or none")
-    if config.export == "auto":
-        return skeleton.config.model_type in FAMILIES and config.group is None
-    if config.export == "onnx":
-        must_be_decoder(skeleton)
-        if config.group is not None:
-            raise UserError("integer kernels have a scale per row of weights; leave out --group, or use --export none")
-    return config.export == "onnx"
+    if config.export == "none" or (config.export == "auto" and config.group is not None):
+        return False
+    if config.group is not None:
+        raise UserError("integer kernels have a scale per row of weights; leave out --group, or use --export none")
+    library()
+    if skeleton.config.model_type not in FAMILIES and find_spec("onnxscript") is None:
+        raise UserError(f"writing {skeleton.config.model_type} models as onnx needs the package onnxscript: pip install 'smidgen[onnx]'")
+    return True
 
 
 def factors_of(
@@ -181,19 +184,33 @@ def finetuned(
 
 
 def written(source: Checkpoint, model: PreTrainedModel, layers: dict[str, QuantLinear], run: Run) -> Path:
-    """The ONNX artifact."""
+    """The ONNX artifact: a decoder with its cache where we can draw one, else the graph of a whole text without."""
     folder = run.partial("onnx")
-    onnx_qdq.write(folder, source, model, {name: static_layer(quant) for name, quant in layers.items()})
+    static = {name: static_layer(quant) for name, quant in layers.items()}
+    if model.config.model_type in FAMILIES:
+        onnx_qdq.write(folder, source, model, static)
+    else:
+        example = {"input_ids": torch.zeros(2, 16, dtype=torch.int64, device=model.device), "use_cache": False}
+        onnx_qdq.write_module(folder, model, static, example, tokenizer=source.tokenizer())
     return run.keep(folder)
+
+
+def reader(artifact: Path, length: int) -> Callable[[Int[np.ndarray, "length"]], Float32[np.ndarray, "length vocab"]]:
+    """Text to logits in ONNX Runtime."""
+    if (artifact / "genai_config.json").is_file():
+        return OnnxRuntime.open(artifact, length).logits
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(artifact / "model.onnx", options(), providers=["CPUExecutionProvider"])
+    return lambda tokens: np.asarray(session.run(["logits"], {"input_ids": tokens[None]})[0])[0]
 
 
 def in_runtime(artifact: Path, tokens: Int[Tensor, "windows length"], run: Run, label: str) -> float:
     """Perplexity in ONNX Runtime."""
-    runtime = OnnxRuntime.open(artifact, tokens.shape[1])
+    read = reader(artifact, tokens.shape[1])
     losses = []
     for window in run.track(tokens.numpy(), f"perplexity on {label} after", len(tokens)):
-        logits = runtime.logits(window)[:-1].astype(np.float64)
+        logits = read(window)[:-1].astype(np.float64)
         logits -= logits.max(-1, keepdims=True)
         losses.append(np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(logits)), window[1:]])
-    runtime.close()
     return exponential(float(np.mean(losses)))
