@@ -1,0 +1,1 @@
+"""Search: describe what you need, get the feature."""
