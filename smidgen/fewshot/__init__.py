@@ -1,0 +1,1 @@
+"""Few- and any-shot classification."""
