@@ -52,6 +52,11 @@ class Grid:
         """The largest code."""
         return 2**self.bits - 1
 
+    @property
+    def middle(self) -> int:
+        """The code of 0 on a symmetric grid."""
+        return 2 ** (self.bits - 1)
+
     def groups(self, columns: int) -> int:
         """Number of groups in a row of `columns` weights; a UserError if they do not fit."""
         if self.group is None:
@@ -116,7 +121,7 @@ class Grid:
             return self._minmax(w)
         low, high = self._range(w)
         full = (high - low) / self.top
-        fixed = torch.full_like(full, 2 ** (self.bits - 1))
+        fixed = torch.full_like(full, self.middle)
         exact = -low / full
         zeros = [fixed] if self.symmetric else [exact.floor().clamp(0, self.top), exact.ceil().clamp(0, self.top)]
         best = Fit(torch.full_like(full, torch.inf), full, zeros[0], torch.ones_like(full))
@@ -160,8 +165,32 @@ class Grid:
     def _minmax(self, w: Tensor) -> tuple[Tensor, Tensor]:
         low, high = self._range(w)
         scale = self._checked(self._stored((high - low) / self.top))
-        zero = torch.full_like(scale, 2 ** (self.bits - 1)) if self.symmetric else torch.round(-low / scale).clamp(0, self.top)
+        zero = torch.full_like(scale, self.middle) if self.symmetric else torch.round(-low / scale).clamp(0, self.top)
         return scale, zero
+
+
+@dataclass(frozen=True)
+class Narrow(Grid):
+    """A symmetric grid without its lowest code, so that 0 is in the middle: what integer kernels want of weights.
+
+    >>> Narrow(bits=4, symmetric=True).top
+    14
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.symmetric:
+            raise UserError("a narrow grid is symmetric")
+
+    @property
+    def top(self) -> int:
+        """The largest code."""
+        return 2**self.bits - 2
+
+    @property
+    def middle(self) -> int:
+        """The code of 0."""
+        return 2 ** (self.bits - 1) - 1
 
 
 @dataclass(frozen=True)

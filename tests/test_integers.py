@@ -64,6 +64,16 @@ def test_factors_beat_plain_ranges_at_few_bits(tiny_llama, quantize):
     assert found["quadapter"] < found["min-max"] and found["mse"] < found["min-max"], found
 
 
+def test_rounding_on_quantized_inputs_beats_the_nearest_code(tiny_llama, quantize, tmp_path):
+    found = {}
+    for rounding in ("nearest", "gptq", "boa"):
+        m = quantize(tiny_llama, "--method", "mse", "--weights", "3", "--activations", "8", "--rounding", rounding, name=rounding)
+        (found[rounding],), (simulated,) = m["perplexity"].values(), m["perplexity_simulated"].values()
+        assert found[rounding] == pytest.approx(simulated, rel=0.01)  # the integers that were solved are those that run
+        assert not (tmp_path / rounding / "folded.partial").exists()
+    assert found["gptq"] < found["nearest"] and found["boa"] < found["nearest"], found
+
+
 @pytest.mark.parametrize(("name", "sites"), [("tiny_gpt2", ("norm",)), ("tiny_opt", ("norm", "relu"))])
 def test_both_phases_of_families_without_a_cache(request, quantize, tmp_path, name, sites):
     pytest.importorskip("onnxscript", reason="needs the package onnxscript")

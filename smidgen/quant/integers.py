@@ -4,6 +4,7 @@
     ranges      of every input, from what the calibration text shows, as the factors leave it
     finetune    Quadapter's second phase: factors and ranges follow the task's loss, weights stay as they are
     fold        factors move into norms and weights; what is left has the float model's shape and nothing more to compute
+    rounding    weights to the nearest code, or by GPTQ or BoA on the inputs as the quantizers leave them, block by block
     onnx        8-bit and 4-bit codes between quantizers, for ONNX Runtime's integer kernels
 
 Perplexity `after` is measured in ONNX Runtime where the artifact is written, and of the simulation beside it.
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import rmtree
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,8 +26,10 @@ from transformers import PreTrainedModel
 
 from smidgen.errors import UserError
 from smidgen.fit import FitConfig
+from smidgen.grid import Narrow
+from smidgen.precision import forward_precision
 from smidgen.quant.activations import fix_ranges
-from smidgen.quant.blocks import widest
+from smidgen.quant.blocks import decoder_list, family_of, walk, widest
 from smidgen.quant.calibrate import Calibration
 from smidgen.quant.checkpoint import Checkpoint
 from smidgen.quant.evaluate import exponential, mean_loss, perplexity, pick_device
@@ -35,7 +39,9 @@ from smidgen.quant.memory import peak_bytes, reset_peak
 from smidgen.quant.qat import calibrate as observe
 from smidgen.quant.qat import clipping, split, train
 from smidgen.quant.runtimes.onnxruntime import OnnxRuntime, options
-from smidgen.quant.simulate import QuantLinear, Scheme, simulate, static_layer
+from smidgen.quant.simulate import Activation, QuantLinear, Scheme, install, restore, simulate, static_layer
+from smidgen.quant.solve import Grids, quantize
+from smidgen.quant.solvers import BOA, GPTQ
 from smidgen.quant.transforms import alpha
 from smidgen.quant.transforms.equalize import Equalization
 from smidgen.quant.transforms.quadapter import finetune
@@ -80,6 +86,8 @@ def main(config: "Config", run: Run) -> dict[str, Any]:
     for name, after in clipping(model, layers, held_out).items():
         run.log(activation=name, bits=config.activations, before=asdict(start[name]), after=asdict(after))
     alpha.fold(model, layers, source.dtype())
+    if config.rounding != "nearest":
+        rounded(config, model, layers, tokens, source.name, run)
     seconds, peak = time.monotonic() - started, peak_bytes(device)
 
     simulated = {text: perplexity(model, t, run, f"{text} simulated") for text, t in texts.items()}
@@ -93,6 +101,7 @@ def main(config: "Config", run: Run) -> dict[str, Any]:
         symmetric=True,
         sites=list(config.sites) if factors is not None else [],
         finetune=config.finetune,
+        rounding=config.rounding,
         kept_step=kept,
         perplexity=after,
         perplexity_simulated=simulated,
@@ -126,9 +135,18 @@ def check(config: "Config", skeleton: PreTrainedModel) -> bool:
     for option in ("format", "target_bpw", "stats", "rotate", "seeds", "inputs", "symmetric", "scale_dtype"):
         if vars(config)[option] != vars(type(config))[option]:
             raise UserError(f"--{option.replace('_', '-')} does not go with --activations; leave it out")
+    check_rounding(config, skeleton)
     if config.method in ("smoothquant", "equalize", "quadapter"):
         alpha.check(skeleton, config.sites)
     return exported(config, skeleton)
+
+
+def check_rounding(config: "Config", skeleton: PreTrainedModel) -> None:
+    """Refuses a way to round weights that does not suit the model or the grid."""
+    if config.rounding != "nearest" and config.group is not None:
+        raise UserError("--rounding gptq and boa have a scale per row here; leave out --group")
+    if config.rounding == "boa" and family_of(skeleton) is None:
+        raise UserError(f"--rounding boa does not know the attention of '{skeleton.config.model_type}' models; use gptq")
 
 
 def exported(config: "Config", skeleton: PreTrainedModel) -> bool:
@@ -181,6 +199,32 @@ def finetuned(
         seed=config.seed,
     )
     return train(model, groups, learnt, fit, run, batch=min(8, len(learnt)), evaluate=measure).kept
+
+
+def rounded(
+    config: "Config", model: PreTrainedModel, layers: dict[str, QuantLinear], tokens: Int[Tensor, "n length"], name: str, run: Run
+) -> None:
+    """Rounds every weight by GPTQ or BoA, given what the quantized layers before it send, its own input quantized as well."""
+    solver = {"gptq": GPTQ(), "boa": BOA()}[config.rounding]
+    restore(model, layers)
+    folder = run.partial("folded")
+    model.save_pretrained(folder)
+    folded = Checkpoint(folder, name)
+    blocks = walk(folded, folded.skeleton(model.device), tokens, model.device, forward_precision(model.device))
+    for block in run.track(blocks, "rounding", len(decoder_list(model)[1])):
+        for full, quant in layers.items():
+            if full.startswith(f"{block.name}."):
+                layer = block.module.get_submodule(full.removeprefix(f"{block.name}."))
+                layer.register_forward_pre_hook(quantizing(quant.activation))
+        for full, q in quantize(block, solver, Grids(Narrow(config.bits, symmetric=True)), torch.float32, run).items():
+            layers[full].take(q)
+    rmtree(folder)
+    install(model, layers)
+
+
+def quantizing(activation: Activation) -> Callable[[torch.nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    """A hook that puts the quantizer before a layer."""
+    return lambda module, inputs: (activation(inputs[0]), *inputs[1:])
 
 
 def written(source: Checkpoint, model: PreTrainedModel, layers: dict[str, QuantLinear], run: Run) -> Path:

@@ -62,6 +62,8 @@ class Config:
     "Steps of Quadapter's second phase, end to end on the calibration text."
     finetune_rate: float = 1e-3
     "Its learning rate, relative to factors and ranges."
+    rounding: Literal["nearest", "gptq", "boa"] = "nearest"
+    "With --activations: how weights are rounded."
     group: int | None = None
     "Columns that share a scale; none: a scale per row."
     symmetric: bool = False
@@ -118,7 +120,7 @@ class Config:
             if name != self.method and vars(self)[name] != own:
                 raise UserError(f"--{name}.* options are of --method {name}, not of {self.method}")
         if self.activations is None:
-            for name in ("sites", "finetune", "finetune_rate"):
+            for name in ("sites", "finetune", "finetune_rate", "rounding"):
                 if vars(self)[name] != vars(type(self))[name]:
                     raise UserError(f"--{name.replace('_', '-')} is for quantized activations; give their bits with --activations")
 

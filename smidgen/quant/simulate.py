@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from smidgen.errors import UserError
+from smidgen.grid import QWeight
 from smidgen.quant.blocks import decoder_list, family_of
 from smidgen.quant.families import Family
 from smidgen.quant.linear import LINEAR, weight_of
@@ -176,6 +177,13 @@ class QuantLinear(nn.Module):
         top = 2 ** (self.scheme.weights - 1) - 1
         scale = grouped.float().abs().amax(-1, keepdim=True) / top
         return fake_quantize(grouped, moved(scale, scale.clamp(min=SMALLEST)), torch.full_like(scale, top), 2 * top)
+
+    @torch.no_grad()
+    def take(self, q: QWeight) -> None:
+        """From now on this weight, solved elsewhere on a narrow grid with a scale per row."""
+        self.weight.copy_(q.dequantize())
+        largest = (q.scale * q.grid.middle)[..., None]
+        self.range = Range(-largest, largest, self.scheme.weights, symmetric=True).requires_grad_(False)
 
     def learn_range(self, kind: Kind = "min-max", link: Link = "exp") -> Range:
         """From now on the weight's range is learned; it starts at the absolute maximum."""
