@@ -15,7 +15,7 @@ Who draws how many:
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -24,44 +24,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from smidgen.errors import UserError
+from smidgen.images import Images
 
 MOST = 50  # shots of an any-shot class
 DIRICHLET = 2.0
 Shots = int | Literal["any", "any-class", "any-task"]
 Queries = Literal["balanced", "dirichlet"]
-
-
-@dataclass(frozen=True)
-class Images:
-    """A set of labelled images, on the device where they are used; uint8 (height, width, channels) as stored."""
-
-    name: str
-    pixels: Int[Tensor, "n height width channels"]
-    labels: Int[Tensor, "n"]
-    classes: tuple[str, ...]
-    members: tuple[Int[Tensor, "_"], ...] = field(default=(), repr=False)
-    "Indices of every class's images."
-
-    def __post_init__(self) -> None:
-        if not self.members:
-            order = torch.argsort(self.labels, stable=True)
-            counts = torch.bincount(self.labels, minlength=len(self.classes)).tolist()
-            object.__setattr__(self, "members", tuple(order.split(counts)))
-
-    def to(self, device: torch.device) -> "Images":
-        """On another device."""
-        return Images(self.name, self.pixels.to(device), self.labels.to(device), self.classes)
-
-    def of(self, classes: list[int]) -> "Images":
-        """Some classes alone, relabelled in this order."""
-        index = torch.cat([self.members[c] for c in classes])
-        labels = torch.repeat_interleave(torch.arange(len(classes)), torch.tensor([len(self.members[c]) for c in classes]))
-        return Images(self.name, self.pixels[index], labels.to(index.device), tuple(self.classes[c] for c in classes))
-
-    def floats(self, index: Int[Tensor, "*n"]) -> Float[Tensor, "*n channels height width"]:
-        """Images as networks read them, in [0, 1]; of a negative index zeros."""
-        x = self.pixels[index.clamp(min=0)].movedim(-1, -3).float() / 255
-        return x * (index >= 0)[..., None, None, None]
 
 
 @dataclass(frozen=True)
