@@ -41,6 +41,8 @@ class Episode:
     query_x: Float[Tensor, "tasks queries *image"]
     query_y: Int[Tensor, "tasks queries"]
     ways: int
+    classes: Int[Tensor, "tasks ways"] | None = None
+    "What every way is among the classes of the images drawn from; None where nobody knows."
 
     def shots(self) -> Float[Tensor, "tasks ways"]:
         """Support images of every class."""
@@ -84,10 +86,10 @@ class Sampler:
         """Batch number i."""
         random = np.random.default_rng([self.seed, i])
         tasks = [self._task(random) for _ in range(self.tasks)]
-        parts = [_padded([task[part] for task in tasks]) for part in range(4)]
+        parts = [_padded([task[part] for task in tasks]) for part in range(5)]
         device = self.images.pixels.device
-        support, support_y, query, query_y = (torch.from_numpy(part).to(device) for part in parts)
-        return Episode(self.images.floats(support), support_y, self.images.floats(query), query_y, self.ways)
+        support, support_y, query, query_y, classes = (torch.from_numpy(part).to(device) for part in parts)
+        return Episode(self.images.floats(support), support_y, self.images.floats(query), query_y, self.ways, classes)
 
     def __iter__(self) -> Iterator[Episode]:
         """Batches without end."""
@@ -96,8 +98,8 @@ class Sampler:
             yield self(i)
             i += 1
 
-    def _task(self, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Indices and labels of support and query."""
+    def _task(self, random: np.random.Generator) -> tuple[np.ndarray, ...]:
+        """Indices and labels of support and query, and the classes."""
         classes = random.choice(self.usable(), self.ways, replace=False)
         shots, queries = self._shots(random), self._queries(random)
         support: list[np.ndarray] = []
@@ -108,7 +110,7 @@ class Sampler:
             query.append(members[:asked])
             support.append(members[asked : asked + shots[way]])
         labels = [np.repeat(np.arange(self.ways), [len(p) for p in part]) for part in (support, query)]
-        return np.concatenate(support), labels[0], np.concatenate(query), labels[1]
+        return np.concatenate(support), labels[0], np.concatenate(query), labels[1], classes
 
     def _shots(self, random: np.random.Generator) -> np.ndarray:
         if isinstance(self.shots, int):
