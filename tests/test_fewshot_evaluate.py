@@ -206,10 +206,11 @@ torch.distributed.destroy_process_group()
 
 @pytest.fixture
 def evaluate(tmp_path):
-    """(config) -> metrics and folder of a run."""
+    """(config) -> metrics and folder of a run, a new one each time."""
+    numbers = iter(range(100))
 
     def command(config: Config) -> tuple[dict, Path]:
-        with Run("fewshot evaluate", config, tmp_path / "run") as run:
+        with Run("fewshot evaluate", config, tmp_path / f"run-{next(numbers)}") as run:
             return main(config, run), run.folder
 
     return command
@@ -239,7 +240,7 @@ def test_refusals(tmp_path, evaluate):
         evaluate(replace(config, model=saved(tmp_path / "colour", channels=3)))
     assert evaluate(replace(config, model=tmp_path / "colour", resize=True, examples=0))[0]["episodes"] == 2
     with pytest.raises(UserError, match=r"holds no trained method: it has no method\.json"):
-        evaluate(replace(config, model=tmp_path, output=None))
+        evaluate(replace(config, model=tmp_path))
     with pytest.raises(UserError, match="--episodes must be positive, got 0"):
         replace(config, episodes=0).check()
     (tmp_path / "model" / "method.safetensors").write_bytes(b"nothing")

@@ -29,12 +29,11 @@ from smidgen.errors import UserError
 from smidgen.fewshot.data import load_images, shape_of
 from smidgen.fewshot.episodes import Episode, Queries, Sampler, Shots, accuracy
 from smidgen.fewshot.methods import Shows
-from smidgen.fewshot.models import describe, load
+from smidgen.fewshot.models import BATCH_STATISTICS, describe, load, trained_folder
 from smidgen.fit import is_first_process, own_device, process_run
 from smidgen.quant.evaluate import pick_device
 from smidgen.run import Run
 
-TRAINED = "trained"  # folder of a run of `smidgen fewshot train`
 BINS = ((1, 1), (2, 5), (6, 10), (11, 20), (21, 30), (31, 40), (41, 50))  # shots, in tables and figures (notes 3.6)
 SHOWN_SHOTS, SHOWN_QUERIES = 5, 6  # images per class of an example
 INSIDES = 200  # episodes whose insides are kept
@@ -138,7 +137,7 @@ def main(config: Config, run: Run) -> dict[str, Any]:
     """Load, draw, predict, count."""
     config.check()
     device = own_device(pick_device(config.device))
-    folder = config.model / TRAINED if (config.model / TRAINED).is_dir() else config.model
+    folder = trained_folder(config.model)
     described = describe(folder)
     channels, height, _ = described.shape
     images = load_images(config.data, config.split, *((height, channels) if config.resize else (None, None)))
@@ -165,7 +164,7 @@ def main(config: Config, run: Run) -> dict[str, Any]:
         shots=shots,
         queries=config.queries,
         queries_per_class=config.queries_per_class,
-        batch_norm=norm_mode(method),
+        batch_norm=norm_mode(method, described.name),
         queries_inform_each_other=transductive(method, sampler(0)),
         method=described.name,
         trained_ways=described.ways,
@@ -231,8 +230,10 @@ def predicted(method: nn.Module, episode: Episode, seed: int = 0, i: int = 0) ->
         return method.predict(episode)  # pyright: ignore  a Method
 
 
-def norm_mode(method: nn.Module) -> str:
+def norm_mode(method: nn.Module, name: str = "") -> str:
     """What batch norm normalises by at test time: statistics of the training, or of the batch, queries and all (notes 1.3)."""
+    if name in BATCH_STATISTICS:
+        return "batch statistics"
     norms = [m for m in method.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     running = {m.running_mean is not None for m in norms}
     return {(): "none", (True,): "running statistics", (False,): "batch statistics"}.get(tuple(running), "running and batch statistics")
@@ -281,7 +282,7 @@ def _insides(method: Shows, episode: Episode, seed: int, i: int) -> dict[str, Te
     device = episode.query_x.device
     with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed((seed * 2_654_435_761 + i) % 2**32)
-        return {name: values.detach().float().cpu() for name, values in method.insides(episode).items()}
+        return {name: torch.as_tensor(values).detach().float().cpu() for name, values in method.insides(episode).items()}
 
 
 def _process(device: torch.device) -> tuple[int, int]:

@@ -9,55 +9,199 @@ only when their method is made.
 
 import inspect
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 from smidgen.errors import UserError
 from smidgen.fewshot.data import Shape
-from smidgen.fewshot.episodes import Episode, Shots
+from smidgen.fewshot.episodes import Shots
 from smidgen.fewshot.networks import Conv4, Norm
+from smidgen.images import Images
 
+TRAINED = "trained"  # folder of a run of `smidgen fewshot train`
 DESCRIPTION, TENSORS = "method.json", "method.safetensors"
-
-
-class ProtoNet(nn.Module):
-    """Prototypical networks (notes 5.1): p(y = c | q) = softmax_c(-|f(q) - m_c|^2), m_c the mean of f over class c's support."""
-
-    def __init__(self, network: Conv4) -> None:
-        super().__init__()
-        self.network = network
-
-    def logits(self, episode: Episode) -> Float[Tensor, "tasks queries ways"]:
-        """Negative squared distances."""
-        both = self.network.embed(torch.cat([episode.support_x, episode.query_x], 1))
-        support, query = both.split([episode.support_x.shape[1], episode.query_x.shape[1]], 1)
-        member = F.one_hot(episode.support_y + 1, episode.ways + 1)[..., 1:].to(support)  # (tasks, support, ways)
-        means = member.mT @ support / member.sum(1)[..., None]
-        return -torch.cdist(query, means).square()
-
-    def loss(self, episode: Episode) -> Float[Tensor, ""]:
-        """Cross entropy of the queries."""
-        logits = self.logits(episode).flatten(0, 1)
-        return F.cross_entropy(logits, episode.query_y.flatten(), ignore_index=-1)
-
-    def predict(self, episode: Episode) -> Float[Tensor, "tasks queries ways"]:
-        """Probabilities."""
-        return self.logits(episode).softmax(-1)
 
 
 def protonet(shape: Shape, ways: int, *, width: int = 64, norm: Norm = "inductive") -> nn.Module:
     """Prototypical networks over Conv-4."""
-    return ProtoNet(Conv4(shape[0], width, norm))
+    from smidgen.fewshot.methods.prototypes import ProtoNet
+
+    return ProtoNet(conv4(shape, width, norm))
 
 
-METHODS: dict[str, Callable[..., nn.Module]] = {"protonet": protonet}
+def simpleshot(shape: Shape, ways: int, *, width: int = 64, norm: Norm = "inductive") -> nn.Module:
+    """SimpleShot over Conv-4; the base classes' mean is taken when the backbone is trained (`settle`)."""
+    from smidgen.fewshot.methods.simpleshot import SimpleShot
+
+    return SimpleShot(conv4(shape, width, norm), torch.zeros(math.prod(maps(shape, width))))
+
+
+def label_propagation(
+    shape: Shape,
+    ways: int,
+    *,
+    width: int = 64,
+    norm: Norm = "inductive",
+    sigma: float = 0.0,
+    k: int = 20,
+    alpha: float = 0.99,
+    balance: float = 0.0,
+) -> nn.Module:
+    """Label propagation over Conv-4 with one sigma, 0: chosen by the spread of each task."""
+    from smidgen.fewshot.methods.propagation import LabelPropagation, Propagation
+
+    return LabelPropagation(conv4(shape, width, norm), sigma or None, Propagation(k, alpha, balance))
+
+
+def tpn(
+    shape: Shape,
+    ways: int,
+    *,
+    width: int = 64,
+    norm: Norm = "inductive",
+    k: int = 20,
+    alpha: float = 0.99,
+    balance: float = 0.0,
+    guard: bool = False,
+) -> nn.Module:
+    """Transductive propagation network over Conv-4."""
+    from smidgen.fewshot.methods.propagation import Propagation
+    from smidgen.fewshot.methods.tpn import TPN, graph_for
+
+    return TPN(conv4(shape, width, norm), graph_for(maps(shape, width)), Propagation(k, alpha, balance), guard)
+
+
+def maml(
+    shape: Shape,
+    ways: int,
+    *,
+    rate: float = 0.5,
+    width: int = 32,
+    steps: int = 5,
+    test_steps: int = 10,
+    clip: float = 3.0,
+    faithful_padding: bool = False,
+) -> nn.Module:
+    """MAML."""
+    from smidgen.fewshot.methods.inner import Inner
+    from smidgen.fewshot.methods.maml import MAML, MAMLConfig
+
+    return MAML(shape, MAMLConfig(rate, Inner(width, steps, test_steps, clip, faithful_padding)))
+
+
+def meta_sgd(
+    shape: Shape,
+    ways: int,
+    *,
+    rate: float = 0.01,
+    balance: Literal["images", "classes"] = "images",
+    width: int = 32,
+    steps: int = 5,
+    test_steps: int = 10,
+    clip: float = 3.0,
+    faithful_padding: bool = False,
+) -> nn.Module:
+    """Meta-SGD; with --option.balance classes the baseline that weighs classes by 1/N_c."""
+    from smidgen.fewshot.methods.inner import Inner
+    from smidgen.fewshot.methods.maml import MetaSGD, MetaSGDConfig
+
+    return MetaSGD(shape, MetaSGDConfig(rate, balance, Inner(width, steps, test_steps, clip, faithful_padding)))
+
+
+def btaml(
+    shape: Shape,
+    ways: int,
+    *,
+    omega: bool = True,
+    gamma: bool = True,
+    z: bool = True,
+    direct_omega: bool = False,
+    rate: float = 0.01,
+    samples: int = 10,
+    seed: int = 0,
+    width: int = 32,
+    steps: int = 5,
+    test_steps: int = 10,
+    clip: float = 3.0,
+    faithful_padding: bool = False,
+) -> nn.Module:
+    """Bayesian TAML."""
+    from smidgen.fewshot.methods.btaml import BTAML, BTAMLConfig
+    from smidgen.fewshot.methods.inner import Inner
+
+    inner = Inner(width, steps, test_steps, clip, faithful_padding)
+    return BTAML(shape, BTAMLConfig(omega, gamma, z, direct_omega, rate, samples, seed, inner))
+
+
+def normalised_protonet(shape: Shape, ways: int, *, width: int = 64, norm: Norm = "inductive") -> nn.Module:
+    """A member of MxML, to be trained first."""
+    from smidgen.fewshot.methods.mxml import NormalisedProtoNet
+
+    return NormalisedProtoNet(conv4(shape, width, norm))
+
+
+def mxml(
+    shape: Shape,
+    ways: int,
+    *,
+    members: Sequence[Mapping[str, Any]] = (),
+    form: Literal["authors", "invariant"] = "authors",
+    inductive: bool = False,
+    normalise: Literal["none", "softmax", "sum"] = "none",
+) -> nn.Module:
+    """A mixture; `members` are names and options of trained normalised prototypical networks."""
+    from smidgen.fewshot.methods.mxml import MxML, NormalisedProtoNet, WeightNetwork
+
+    if not members:
+        raise UserError("mxml mixes trained methods: give their runs with --members; each is trained by --method normalised-protonet")
+    made = [make(member["name"], shape, ways, member["options"]) for member in members]
+    networks = [member for member in made if isinstance(member, NormalisedProtoNet)]
+    if len(networks) < len(made):
+        raise UserError("--members: the members of mxml are trained by --method normalised-protonet")
+    with torch.no_grad():
+        sizes = {networks[i].eval().embed(torch.zeros(1, 1, *shape)).shape[-1] for i in range(len(networks))}
+    if len(sizes) > 1:
+        raise UserError(f"--members: they have {', '.join(map(str, sorted(sizes)))} features; all must have the same number")
+    network = WeightNetwork(sizes.pop(), ways if form == "authors" else None, form, not inductive)
+    return MxML(networks, network, normalise)
+
+
+METHODS: dict[str, Callable[..., nn.Module]] = {
+    "protonet": protonet,
+    "simpleshot": simpleshot,
+    "label-propagation": label_propagation,
+    "tpn": tpn,
+    "maml": maml,
+    "meta-sgd": meta_sgd,
+    "btaml": btaml,
+    "normalised-protonet": normalised_protonet,
+    "mxml": mxml,
+}
+BATCH_STATISTICS = {"maml", "meta-sgd", "btaml"}  # normalise in functions, without modules of batch norm
+
+
+def conv4(shape: Shape, width: int, norm: Norm) -> Conv4:
+    """Checked for images it can read."""
+    if width < 1:
+        raise UserError(f"--option.width must be positive, got {width}")
+    if norm not in ("inductive", "transductive"):
+        raise UserError(f"--option.norm is inductive or transductive, got {norm}")
+    maps(shape, width)
+    return Conv4(shape[0], width, norm)
+
+
+def maps(shape: Shape, width: int) -> Shape:
+    """What Conv-4 makes of an image: every block halves it, rounding down."""
+    _, height, across = shape
+    if min(height, across) < 16:
+        raise UserError(f"Conv-4 halves images four times: they need 16x16 pixels or more, these have {height}x{across}")
+    return width, height // 16, across // 16
 
 
 @dataclass(frozen=True)
@@ -98,10 +242,10 @@ def make(name: str, shape: Shape, ways: int, options: Mapping[str, Any]) -> nn.M
 
 
 def _like(value: Any, default: Any) -> bool:
-    """Whether a value has the default's type; whole numbers are numbers, and None says nothing of its type."""
-    if default is None or (isinstance(default, float) and type(value) is int):
-        return True
-    return type(value) is type(default)
+    """Whether a value has the default's type; whole numbers are numbers, and a list of members is one as JSON has it."""
+    if isinstance(default, tuple):
+        return isinstance(value, list | tuple)
+    return type(value) is type(default) or (isinstance(default, float) and type(value) is int)
 
 
 def save(folder: Path, method: nn.Module, description: Description) -> None:
@@ -135,3 +279,29 @@ def load(folder: Path, device: torch.device | str = "cpu") -> nn.Module:
     except (SafetensorError, RuntimeError) as error:
         raise UserError(f"{folder / TENSORS}: damaged, or not of the method {DESCRIPTION} tells of") from error
     return method.to(device).eval()
+
+
+def load_members(mixture: nn.Module, folders: Sequence[Path]) -> None:
+    """The trained parameters of the members of a mixture just made."""
+    from smidgen.fewshot.methods.mxml import MxML
+
+    assert isinstance(mixture, MxML)
+    for member, folder in zip(mixture.members, folders, strict=True):
+        member.load_state_dict(load(folder).state_dict())
+
+
+def settle(method: nn.Module, images: Images, batch: int = 256) -> bool:
+    """What is taken from the training images when the backbone is trained: SimpleShot's mean. Whether there was anything to take."""
+    from smidgen.fewshot.methods.simpleshot import SimpleShot, base_mean
+
+    if not isinstance(method, SimpleShot):
+        return False
+    method.eval()
+    index = torch.arange(len(images.labels), device=images.pixels.device)
+    method.mean.copy_(base_mean(method.backbone, (images.floats(part) for part in index.split(batch))))
+    return True
+
+
+def trained_folder(path: Path) -> Path:
+    """Where the method is, of a run or of its folder."""
+    return path / TRAINED if (path / TRAINED).is_dir() else path

@@ -19,10 +19,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from smidgen.errors import UserError
-from smidgen.fewshot.data import load_images, shape_of
+from smidgen.fewshot.data import Shape, load_images, shape_of
 from smidgen.fewshot.episodes import Episode, Sampler, Shots
-from smidgen.fewshot.evaluate import TRAINED, Result, evaluated, examples, norm_mode
-from smidgen.fewshot.models import Description, load, make, save
+from smidgen.fewshot.evaluate import Result, evaluated, examples, norm_mode
+from smidgen.fewshot.methods.mxml import MxML
+from smidgen.fewshot.models import TRAINED, Description, describe, load, load_members, make, save, settle, trained_folder
 from smidgen.fit import CHECKPOINT, FitConfig, FitResult, fit, is_first_process, own_device, process_run
 from smidgen.quant.evaluate import pick_device
 from smidgen.run import Run
@@ -45,6 +46,8 @@ class Config:
     "By name; a wrong one is answered with the list."
     option: Mapping[str, int | float | bool | str] = field(default_factory=dict)
     "Of the method, as --option.width 32; a wrong one is answered with the list."
+    members: tuple[Path, ...] = ()
+    "Of --method mxml: runs of --method normalised-protonet. The classes trained on now should be new to them."
     ways: int = 5
     "Classes of a task."
     shots: Shots = 1
@@ -107,6 +110,8 @@ class Config:
                 raise UserError(f"--{name} must be positive, got {value}")
         if self.examples < 0:
             raise UserError(f"--examples must not be negative, got {self.examples}")
+        if self.members and self.method != "mxml":
+            raise UserError(f"--members are of --method mxml, not of {self.method}")
         self.fit().check(evaluates=True)
 
     def fit(self) -> FitConfig:
@@ -144,9 +149,13 @@ def main(config: Config, run: Run) -> dict[str, Any]:
     shape, other = shape_of(images), config.validation_data or config.data
     held_out = load_images(other, config.validation_split, config.size)
     torch.manual_seed(config.seed)
-    method = make(config.method, shape, config.ways, config.option).to(device)
-    description = Description(config.method, shape, config.ways, config.shots, dict(config.option), images.name)
+    options = dict(config.option) | chosen_members(config, shape)
+    description = Description(config.method, shape, config.ways, config.shots, options, images.name)
     description.check(shape_of(held_out), other)
+    method = make(config.method, shape, config.ways, options)
+    if config.members:
+        load_members(method, [trained_folder(folder) for folder in config.members])
+    method = method.to(device)
     tasks = Sampler(images.to(device), config.ways, config.shots, config.queries, tasks=config.tasks, seed=config.seed)
     ways = config.ways if config.validation_ways is None else config.validation_ways
     shots = config.shots if config.validation_shots is None else config.validation_shots
@@ -156,12 +165,15 @@ def main(config: Config, run: Run) -> dict[str, Any]:
     result = train(method, tasks, config.fit(), run, validation, config.validation_episodes)
     seconds = time.monotonic() - started
 
+    first, kept = result.evaluation(0), result.evaluation(result.kept)
+    if settle(method, tasks.images):
+        kept = figures(evaluated(method, validation, config.validation_episodes))
+        run.log(settled=True, **kept)
     folder = run.partial(TRAINED)
     save(folder, method, description)
     run.keep(folder)
     (run.folder / CHECKPOINT).unlink(missing_ok=True)
     run.save("examples.json", {"examples": examples(method.eval(), validation, config.examples)})
-    first, kept = result.evaluation(0), result.evaluation(result.kept)
     return run.finish(
         validation_accuracy=kept["accuracy"],
         validation_accuracy_interval=kept["accuracy_interval"],
@@ -177,7 +189,7 @@ def main(config: Config, run: Run) -> dict[str, Any]:
         shots=config.shots,
         queries_per_class=config.queries,
         tasks=config.tasks,
-        batch_norm=norm_mode(method),
+        batch_norm=norm_mode(method, config.method),
         data=images.name,
         train_classes=len(images.classes),
         validation_classes=len(held_out.classes),
@@ -187,6 +199,22 @@ def main(config: Config, run: Run) -> dict[str, Any]:
         seed=config.seed,
         device=str(device),
     )
+
+
+def chosen_members(config: Config, shape: Shape) -> dict[str, Any]:
+    """The option of a mixture that says what its members are."""
+    described = [describe(trained_folder(folder)) for folder in config.members]
+    for member, folder in zip(described, config.members, strict=True):
+        if member.shape != shape:
+            raise UserError(
+                f"--members {folder} reads images of {'x'.join(map(str, member.shape))}, the data has {'x'.join(map(str, shape))}"
+            )
+    return {"members": [{"name": member.name, "options": dict(member.options)} for member in described]} if described else {}
+
+
+def figures(result: Result) -> dict[str, float]:
+    """What the log has of a validation; `held_out`, the share of errors, is what the best state has least of."""
+    return {"held_out": 1 - result.accuracy, "accuracy": result.accuracy, "accuracy_interval": result.interval}
 
 
 class Training(nn.Module):
@@ -211,7 +239,8 @@ def train(
 
     def measure(model: nn.Module) -> dict[str, Any]:
         assert isinstance(model, Training)
-        result: Result = evaluated(model.method, validation, episodes)
-        return {"held_out": 1 - result.accuracy, "accuracy": result.accuracy, "accuracy_interval": result.interval}
+        return figures(evaluated(model.method, validation, episodes))
 
+    if groups is None and isinstance(method, MxML):
+        groups = [{"params": method.network.parameters()}]  # members are frozen
     return fit(Training(method.train()), lambda model, episode: model(episode), tasks, config, run, groups=groups, evaluate=measure)
