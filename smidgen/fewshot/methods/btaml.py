@@ -103,6 +103,12 @@ class BTAML(nn.Module):
             emphasis = phi["omega"].softmax(1)
         return self.classifier.adapt(theta, rates, emphasis, episode, steps)
 
+    def insides(self, episode: Episode) -> dict[str, Tensor]:
+        """What the mean of phi says: omega, the weights w of the classes, and gamma, the factors of the layers' rates."""
+        q = self.encoder(episode)
+        shown = {"omega": lambda mu: mu.softmax(1), "gamma": torch.exp}
+        return {name: shown[name](mu) for name, (mu, _) in q.items() if name in shown}
+
     @torch.no_grad()
     def predict(self, episode: Episode) -> Float[Tensor, "tasks queries ways"]:
         """Probabilities, averaged over samples of phi.
