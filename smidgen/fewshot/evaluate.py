@@ -17,7 +17,7 @@ import os
 import time
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -50,7 +50,7 @@ class Config:
     model: Path
     "A run of smidgen fewshot train, or the folder trained in it."
     data: str
-    "Images with labels, as for training; their shape has to be that of the training."
+    "Images with labels, as for training: glyphs, a folder of class folders, a .npz or a .csv."
     _: KW_ONLY
     episodes: int = 600
     "Tasks drawn."
@@ -63,7 +63,9 @@ class Config:
     queries_per_class: int = 15
     "Their number, or mean."
     split: str = "test"
-    "Classes drawn from: train, val, test or all."
+    "Classes drawn from: train, val, test, or what the data calls its parts, or all."
+    resize: bool = False
+    "Bring images of another size, or grey ones, to what the model reads, rather than refuse them."
     tasks: int = 1
     "Tasks computed at once."
     examples: int = 3
@@ -80,8 +82,8 @@ class Config:
         for name, value in (("episodes", self.episodes), ("tasks", self.tasks)):
             if value < 1:
                 raise UserError(f"--{name} must be positive, got {value}")
-        if not 0 <= self.examples <= self.episodes:
-            raise UserError(f"--examples must be between 0 and the {self.episodes} episodes, got {self.examples}")
+        if self.examples < 0:
+            raise UserError(f"--examples must not be negative, got {self.examples}")
         if not 0 <= self.seed < 2**31:
             raise UserError(f"--seed must be between 0 and 2147483647, got {self.seed}")
 
@@ -138,7 +140,8 @@ def main(config: Config, run: Run) -> dict[str, Any]:
     device = own_device(pick_device(config.device))
     folder = config.model / TRAINED if (config.model / TRAINED).is_dir() else config.model
     described = describe(folder)
-    images = load_images(config.data, config.split)
+    channels, height, _ = described.shape
+    images = load_images(config.data, config.split, *((height, channels) if config.resize else (None, None)))
     described.check(shape_of(images), config.data)
     method = load(folder, device)
     ways = described.ways if config.ways is None else config.ways
@@ -204,15 +207,17 @@ def evaluated(method: nn.Module, sampler: Sampler, episodes: int, run: Run | Non
         accuracies[i] = accuracy(probabilities, episode).double()[:kept].tolist()
         _count(probabilities[:kept], episode, confusion, by_shots)
         if i * sampler.tasks < INSIDES:
-            insides[i] = [{"episode": i * sampler.tasks + t} | row for t, row in enumerate(_figures(method, episode, sampler.seed, i)[:kept])]
+            insides[i] = [
+                {"episode": i * sampler.tasks + t} | row for t, row in enumerate(_figures(method, episode, sampler.seed, i)[:kept])
+            ]
     for m, training in modes.items():
         m.training = training
     parts = _gathered((accuracies, insides, confusion, by_shots))
     accuracies, insides = ({i: row for part in parts for i, row in part[k].items()} for k in (0, 1))
-    right, queries = sum(part[3] for part in parts)
+    right, queries = np.sum([part[3] for part in parts], 0)
     return Result(
         np.array([a for i in sorted(accuracies) for a in accuracies[i]]),
-        sum(part[2] for part in parts),
+        np.sum([part[2] for part in parts], 0),
         {shots: (int(right[shots]), int(queries[shots])) for shots in np.flatnonzero(queries).tolist()},
         [row for i in sorted(insides) for row in insides[i]],
     )

@@ -10,8 +10,8 @@ character of the test has been seen:
 
 Two traps of such data. A font answers for a character it lacks with a box: the characters of a font are read from its character map, and
 matplotlib's LastResort font, whose map holds every script as boxes, is not among the fonts. And scripts share shapes (A, Greek alpha and
-Cyrillic a): of characters that look the same in DejaVu Sans (their images, brought to one size, correlate above `SAME`) only the first stays,
-in the order above, so that a shape of the training part is in no later one; upper and lower case of one shape are one class too.
+Cyrillic a): of characters that look the same in DejaVu Sans (their images, brought to one size, correlate above SAME) only the first
+stays, in the order above, so that a shape of the training part is in no later one; upper and lower case of one shape are one class too.
 """
 
 import unicodedata

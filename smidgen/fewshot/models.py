@@ -20,11 +20,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from smidgen.errors import UserError
+from smidgen.fewshot.data import Shape
 from smidgen.fewshot.episodes import Episode, Shots
 from smidgen.fewshot.networks import Conv4, Norm
 
 DESCRIPTION, TENSORS = "method.json", "method.safetensors"
-Shape = tuple[int, int, int]
 
 
 class ProtoNet(nn.Module):
@@ -78,7 +78,9 @@ class Description:
         """Refuses images of another shape."""
         if shape != self.shape:
             ours, theirs = ("x".join(map(str, s)) for s in (self.shape, shape))
-            raise UserError(f"{source} has images of {theirs} (channels x height x width), the model reads {ours}; resize them or train anew")
+            raise UserError(
+                f"{source} has images of {theirs} (channels x height x width), the model reads {ours}; add --resize or train anew"
+            )
 
 
 def make(name: str, shape: Shape, ways: int, options: Mapping[str, Any]) -> nn.Module:

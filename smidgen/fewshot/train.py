@@ -39,7 +39,7 @@ class Config:
     """Options of `smidgen fewshot train`."""
 
     data: str
-    "Images with labels, divided by class into train, val and test."
+    "Images with labels, divided by class: glyphs (from the package), a folder of class folders, a .npz or a .csv."
     _: KW_ONLY
     method: str = "protonet"
     "By name; a wrong one is answered with the list."
@@ -79,10 +79,14 @@ class Config:
     "Labelled images of each; none: as in training."
     patience: int | None = None
     "Validations without a higher accuracy before training stops; none: train to the end. The best state is kept either way."
+    size: int | None = None
+    "Side of the square images, in pixels, that photos are brought to; none: as they are, all alike."
     train_split: str = "train"
-    "Classes trained on: train, val, test or all."
+    "Classes trained on: train, or what the data calls its parts, or all."
+    validation_data: str | None = None
+    "Images measured on meanwhile; none: of the same data."
     validation_split: str = "val"
-    "Classes measured on meanwhile."
+    "Classes measured on."
     examples: int = 3
     "Validation tasks kept for the report, with their images."
     checkpoint_every: int | None = None
@@ -101,7 +105,7 @@ class Config:
         for name, value in (("tasks", self.tasks), ("validation-episodes", self.validation_episodes)):
             if value < 1:
                 raise UserError(f"--{name} must be positive, got {value}")
-        if not 0 <= self.examples:
+        if self.examples < 0:
             raise UserError(f"--examples must not be negative, got {self.examples}")
         self.fit().check(evaluates=True)
 
@@ -136,10 +140,13 @@ def main(config: Config, run: Run) -> dict[str, Any]:
     """Load, make, train, keep the best, save."""
     config.check()
     device = own_device(pick_device(config.device))
-    images = load_images(config.data, config.train_split)
-    held_out = load_images(config.data, config.validation_split)
+    images = load_images(config.data, config.train_split, config.size)
+    shape, other = shape_of(images), config.validation_data or config.data
+    held_out = load_images(other, config.validation_split, config.size)
     torch.manual_seed(config.seed)
-    method = make(config.method, shape_of(images), config.ways, config.option).to(device)
+    method = make(config.method, shape, config.ways, config.option).to(device)
+    description = Description(config.method, shape, config.ways, config.shots, dict(config.option), images.name)
+    description.check(shape_of(held_out), other)
     tasks = Sampler(images.to(device), config.ways, config.shots, config.queries, tasks=config.tasks, seed=config.seed)
     ways = config.ways if config.validation_ways is None else config.validation_ways
     shots = config.shots if config.validation_shots is None else config.validation_shots
@@ -150,9 +157,6 @@ def main(config: Config, run: Run) -> dict[str, Any]:
     seconds = time.monotonic() - started
 
     folder = run.partial(TRAINED)
-    description = Description(
-        config.method, shape_of(images), config.ways, config.shots, dict(config.option), f"{images.name}, {config.train_split}"
-    )
     save(folder, method, description)
     run.keep(folder)
     (run.folder / CHECKPOINT).unlink(missing_ok=True)
