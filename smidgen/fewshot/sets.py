@@ -5,7 +5,7 @@ only the caller knows whether a digit of 28 x 28 should be enlarged or padded. D
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from smidgen.errors import UserError
-from smidgen.fewshot.episodes import Episode, Images, Queries, Sampler, Shots
+from smidgen.fewshot.episodes import Episode, Queries, Sampler, Shots
+from smidgen.images import Images
 
 CHOICE = 1  # keeps the draw of the set apart from the draws inside the set, which are seeded by (seed, number)
 
@@ -49,9 +50,9 @@ class SetsSampler:
         return [int(np.random.default_rng([self.seed, k, CHOICE]).integers(len(self.sets))) for k in numbers]
 
     def __call__(self, i: int) -> Episode:
-        """Batch number i."""
+        """Batch number i; its classes count through all sets, one after the other."""
         samplers = self.samplers()
-        return joined([samplers[s](i * self.tasks + t) for t, s in enumerate(self.chosen(i))])
+        return joined([self._counted(samplers[s](i * self.tasks + t), s) for t, s in enumerate(self.chosen(i))])
 
     def __iter__(self) -> Iterator[Episode]:
         """Batches without end."""
@@ -59,6 +60,10 @@ class SetsSampler:
         while True:
             yield self(i)
             i += 1
+
+    def _counted(self, episode: Episode, s: int) -> Episode:
+        before = sum(len(images.classes) for images in self.sets[:s])
+        return episode if episode.classes is None else replace(episode, classes=episode.classes + before)
 
 
 def one_shape(sets: Sequence[Images]) -> tuple[int, int, int]:
@@ -98,7 +103,9 @@ def joined(episodes: Sequence[Episode]) -> Episode:
             (lambda e: e.query_y, -1),
         )
     )
-    return Episode(support_x, support_y, query_x, query_y, episodes[0].ways)
+    known = [e.classes for e in episodes if e.classes is not None]
+    classes = torch.cat(known) if len(known) == len(episodes) else None
+    return Episode(support_x, support_y, query_x, query_y, episodes[0].ways, classes)
 
 
 def _filled(parts: list[Tensor], fill: int) -> Tensor:

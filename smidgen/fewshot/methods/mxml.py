@@ -22,7 +22,7 @@ In the mixture members are in evaluation mode. A transductive mixture sees all q
 and balance; the inductive one judges every query alone, provided that members do (batch norm with running statistics).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -162,7 +162,7 @@ class WeightNetwork(nn.Module):
 class MxML(nn.Module):
     """The mixture. In it members are frozen: no gradient reaches them, and they stay in evaluation mode while the network is trained."""
 
-    def __init__(self, members: Sequence[Member], network: WeightNetwork, normalise: Normalise = "none") -> None:
+    def __init__(self, members: Iterable[Member], network: WeightNetwork, normalise: Normalise = "none") -> None:
         super().__init__()
         self.members, self.network = _modules(members), network
         self.normalise: Normalise = normalise
@@ -186,11 +186,10 @@ class MxML(nn.Module):
         """Probabilities; the authors' code takes the largest score, which is the largest of these as well."""
         return self._logits(episode).softmax(-1)
 
-    def insides(self, episode: Episode) -> dict[str, np.ndarray]:
-        """`weights` (tasks, members, 1 or queries), and `members` (tasks, members, queries, ways), the predictions they weight."""
-        with torch.no_grad():
-            log_p, log_w = self._parts(episode)
-        return {"weights": log_w.exp().cpu().numpy(), "members": log_p.exp().cpu().numpy()}
+    def insides(self, episode: Episode) -> dict[str, Float[Tensor, "..."]]:
+        """For reports: `weights` (tasks, members); inductive ones, the mean over queries."""
+        w, real = self.weights(episode), (episode.query_y >= 0).float()[:, None]  # real (tasks, 1, queries)
+        return {"weights": w[..., 0] if self.network.transductive else (w * real).sum(-1) / real.sum(-1)}
 
     def _logits(self, episode: Episode) -> Float[Tensor, "tasks queries ways"]:
         return mixed(*self._parts(episode), self.normalise)
@@ -204,7 +203,7 @@ class MxML(nn.Module):
 class Ensemble(nn.Module):
     """The members' mean prediction, without a network: the baseline."""
 
-    def __init__(self, members: Sequence[Member]) -> None:
+    def __init__(self, members: Iterable[Member]) -> None:
         super().__init__()
         self.members = _modules(members)
         self.train(self.training)
@@ -298,7 +297,7 @@ def conv4_mixture(
 
 
 def train_members(
-    members: Sequence[Member],
+    members: Iterable[Member],
     samplers: Sequence[Episodes],
     config: FitConfig,
     run: Run,
@@ -311,14 +310,15 @@ def train_members(
     `config.clip`, which measures the gradients of all together). With `validation`, one sampler per member, their loss and accuracy are
     measured on `episodes` batches. Members are in evaluation mode afterwards.
     """
-    if len(samplers) != len(members) or len(validation) not in (0, len(members)):
-        raise UserError(f"{len(members)} members need as many samplers, got {len(samplers)}, and {len(validation)} for validation")
-    if len({id(m) for m in members}) < len(members):
+    modules = _modules(members)
+    if len(samplers) != len(modules) or len(validation) not in (0, len(modules)):
+        raise UserError(f"{len(modules)} members need as many samplers, got {len(samplers)}, and {len(validation)} for validation")
+    if len(set(modules)) < len(modules):
         raise UserError("a member is listed twice; every data set needs a member of its own")
-    modules = _modules(members).train()
+    modules.train()
 
     def evaluate(_: nn.Module) -> dict[str, Any]:
-        losses, rights = zip(*(_measured(m, v, episodes) for m, v in zip(members, validation, strict=True)), strict=True)
+        losses, rights = zip(*(_measured(m, v, episodes) for m, v in zip(modules, validation, strict=True)), strict=True)
         return {"held_out": sum(losses) / len(losses), "member_losses": list(losses), "member_accuracies": list(rights)}
 
     result = fit(
@@ -377,10 +377,11 @@ def _measured(method: Any, sampler: Episodes, episodes: int) -> tuple[float, flo
     return sum(losses) / episodes, sum(rights) / episodes
 
 
-def _modules(members: Sequence[Member]) -> nn.ModuleList:
-    if not members:
+def _modules(members: Iterable[Member]) -> nn.ModuleList:
+    modules = nn.ModuleList(members)  # pyright: ignore[reportArgumentType]  members are modules
+    if not modules:
         raise UserError("a mixture needs at least one member")
-    return nn.ModuleList(members)  # pyright: ignore[reportArgumentType]  members are modules
+    return modules
 
 
 def _read(members: nn.ModuleList, episode: Episode) -> tuple[Tensor, Tensor]:
