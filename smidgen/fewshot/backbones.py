@@ -34,6 +34,7 @@ from smidgen.images import Images
 
 LITE = "efficientnet-lite0"
 PIXELS = "pixels"
+TRAINED = "trained"  # folder of a run of `smidgen fewshot train`
 M = TypeVar("M", bound=nn.Module)
 Scaling = Literal["none", "half", "imagenet"]
 SCALINGS: dict[Scaling, tuple[tuple[float, ...], tuple[float, ...]]] = {
@@ -104,6 +105,7 @@ def open_backbone(source: str, device: torch.device | str = "cpu", scaling: Scal
         return _efficientnet_lite(device)
     if path.suffix == ".safetensors" and path.is_file():
         return _conv4(path, None, device)
+    path = path / TRAINED if (path / TRAINED).is_dir() else path
     if (path / "method.safetensors").is_file():
         return _conv4(path / "method.safetensors", path / "method.json", device)
     if (path / "config.json").is_file():

@@ -1,7 +1,7 @@
 """Images of training and evaluation, by name and split."""
 
 from smidgen.errors import UserError
-from smidgen.fewshot.glyphs import glyphs
+from smidgen.fewshot.glyphs import SIZE, glyphs
 from smidgen.images import Images, load
 
 GLYPHS = "glyphs"  # the set that comes with the package
@@ -14,7 +14,7 @@ def load_images(source: str, split: str, size: int | None = None, channels: int 
     `size` is the side of the square images, where photos have to be brought to one.
     """
     if source == GLYPHS:
-        if size is not None or channels is not None:
+        if size not in (None, SIZE) or channels not in (None, 1):
             raise UserError("glyphs are 28x28 and grey; leave the size out, or use images of your own")
         if split not in ("train", "val", "test"):
             raise UserError(f"glyphs has no split {split!r}; it has train, val, test")
