@@ -31,7 +31,7 @@ from smidgen.fewshot.episodes import Episode, Queries, Sampler, Shots, accuracy
 from smidgen.fewshot.methods import Shows
 from smidgen.fewshot.models import BATCH_STATISTICS, describe, load, trained_folder
 from smidgen.fit import is_first_process, own_device, process_run
-from smidgen.quant.evaluate import pick_device
+from smidgen.precision import pick_device
 from smidgen.run import Run
 
 BINS = ((1, 1), (2, 5), (6, 10), (11, 20), (21, 30), (31, 40), (41, 50))  # shots, in tables and figures (notes 3.6)

@@ -25,7 +25,7 @@ from smidgen.fewshot.evaluate import Result, evaluated, examples, norm_mode
 from smidgen.fewshot.methods.mxml import MxML
 from smidgen.fewshot.models import TRAINED, Description, describe, load, load_members, make, save, settle, trained_folder
 from smidgen.fit import CHECKPOINT, FitConfig, FitResult, fit, is_first_process, own_device, process_run
-from smidgen.quant.evaluate import pick_device
+from smidgen.precision import pick_device
 from smidgen.run import Run
 
 __all__ = ["Config", "command", "load", "main", "train"]

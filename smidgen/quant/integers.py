@@ -24,11 +24,12 @@ from transformers import PreTrainedModel
 
 from smidgen.errors import UserError
 from smidgen.fit import FitConfig
+from smidgen.precision import pick_device
 from smidgen.quant.activations import fix_ranges
 from smidgen.quant.blocks import widest
 from smidgen.quant.calibrate import Calibration
 from smidgen.quant.checkpoint import Checkpoint
-from smidgen.quant.evaluate import exponential, mean_loss, perplexity, pick_device
+from smidgen.quant.evaluate import exponential, mean_loss, perplexity
 from smidgen.quant.export import onnx_qdq
 from smidgen.quant.export.onnx import FAMILIES, library
 from smidgen.quant.memory import peak_bytes, reset_peak
