@@ -27,7 +27,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -112,7 +112,7 @@ def doubling(s: Float[Tensor, "tasks n n"], y: Float[Tensor, "tasks n ways"], al
     return f + inverse(y - (f - alpha * s @ f))
 
 
-def export(method: nn.Module, path: Path, episodes: Sequence[Episode], bits: Literal[8] | None = None) -> Exported:
+def export(method: nn.Module, path: Path, episodes: Sequence[Episode], bits: int | None = None) -> Exported:
     """Writes the predictor and compares it with torch on the episodes' tasks.
 
     `episodes` give the shape of images; with `bits` 8 they are calibration data too, so let there be some ten tasks of real images.

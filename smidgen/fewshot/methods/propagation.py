@@ -33,7 +33,7 @@ from smidgen.fewshot.methods.prototypes import cross_entropy, embedded, full_pre
 Solve = Callable[[Tensor, Tensor, float], Tensor]
 "(S, Y, alpha) -> F*"
 
-ROUNDS = 20  # of estimating class shares
+ROUNDS = 10  # of estimating class shares
 
 
 def affinity(
@@ -145,7 +145,7 @@ class LabelPropagation(nn.Module):
     """
 
     def __init__(self, backbone: nn.Module, sigma: float | None = None, propagation: Propagation | None = None) -> None:
-        """`sigma` in units of the features; None: half of each task's `spread`, ours, for want of validation tasks."""
+        """`sigma` in units of the features; None: a quarter of each task's `spread`, ours, for want of validation tasks."""
         super().__init__()
         if sigma is not None and not sigma > 0:
             raise UserError(f"sigma must be positive, got {sigma}")
@@ -179,7 +179,7 @@ class LabelPropagation(nn.Module):
     ) -> Float[Tensor, "tasks n ways"]:
         """F* from what the backbone made; what is exported behind it."""
         x = maps.flatten(2)
-        sigma = 0.5 * spread(x, real) if self.sigma is None else x.new_full(x.shape[:1], self.sigma)
+        sigma = 0.25 * spread(x, real) if self.sigma is None else x.new_full(x.shape[:1], self.sigma)
         return self.propagation(x, sigma[:, None].expand(x.shape[:2]), y, real, solve)
 
 
