@@ -233,8 +233,10 @@ def predicted(method: nn.Module, episode: Episode, seed: int = 0, i: int = 0) ->
 
 def norm_mode(method: nn.Module) -> str:
     """What batch norm normalises by at test time: statistics of the training, or of the batch, queries and all (notes 1.3)."""
-    norms = [m for m in method.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    running = {m.running_mean is not None for m in norms}
+    from smidgen.fewshot.methods.inner import Classifier
+
+    norms = [m for m in method.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm | Classifier)]
+    running = {not isinstance(m, Classifier) and m.running_mean is not None for m in norms}
     return {(): "none", (True,): "running statistics", (False,): "batch statistics"}.get(tuple(running), "running and batch statistics")
 
 

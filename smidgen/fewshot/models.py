@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +57,69 @@ def protonet(shape: Shape, ways: int, *, width: int = 64, norm: Norm = "inductiv
     return ProtoNet(Conv4(shape[0], width, norm))
 
 
-METHODS: dict[str, Callable[..., nn.Module]] = {"protonet": protonet}
+def maml(
+    shape: Shape,
+    ways: int,
+    *,
+    rate: float = 0.5,
+    width: int = 32,
+    steps: int = 5,
+    test_steps: int = 10,
+    clip: float = 3.0,
+    faithful_padding: bool = False,
+) -> nn.Module:
+    """MAML; any number of ways."""
+    from smidgen.fewshot.methods.inner import Inner
+    from smidgen.fewshot.methods.maml import MAML, MAMLConfig
+
+    return MAML(shape, MAMLConfig(rate, Inner(width, steps, test_steps, clip, faithful_padding)))
+
+
+def meta_sgd(
+    shape: Shape,
+    ways: int,
+    *,
+    rate: float = 0.01,
+    balance: Literal["images", "classes"] = "images",
+    width: int = 32,
+    steps: int = 5,
+    test_steps: int = 10,
+    clip: float = 3.0,
+    faithful_padding: bool = False,
+) -> nn.Module:
+    """Meta-SGD; balance "classes" is the 1/N_c baseline; any number of ways."""
+    from smidgen.fewshot.methods.inner import Inner
+    from smidgen.fewshot.methods.maml import MetaSGD, MetaSGDConfig
+
+    return MetaSGD(shape, MetaSGDConfig(rate, balance, Inner(width, steps, test_steps, clip, faithful_padding)))
+
+
+def btaml(
+    shape: Shape,
+    ways: int,
+    *,
+    omega: bool = True,
+    gamma: bool = True,
+    z: bool = True,
+    direct_omega: bool = False,
+    rate: float = 0.01,
+    samples: int = 10,
+    sampling_seed: int = 0,
+    width: int = 32,
+    steps: int = 5,
+    test_steps: int = 10,
+    clip: float = 3.0,
+    faithful_padding: bool = False,
+) -> nn.Module:
+    """Bayesian TAML; any number of ways."""
+    from smidgen.fewshot.methods.btaml import BTAML, BTAMLConfig
+    from smidgen.fewshot.methods.inner import Inner
+
+    inner = Inner(width, steps, test_steps, clip, faithful_padding)
+    return BTAML(shape, BTAMLConfig(omega, gamma, z, direct_omega, rate, samples, sampling_seed, inner))
+
+
+METHODS: dict[str, Callable[..., nn.Module]] = {"protonet": protonet, "maml": maml, "meta-sgd": meta_sgd, "btaml": btaml}
 
 
 @dataclass(frozen=True)
