@@ -29,7 +29,7 @@ from smidgen.errors import UserError
 from smidgen.fewshot.data import load_images, shape_of
 from smidgen.fewshot.episodes import Episode, Queries, Sampler, Shots, accuracy
 from smidgen.fewshot.methods import Shows
-from smidgen.fewshot.models import BATCH_STATISTICS, describe, load, trained_folder
+from smidgen.fewshot.models import describe, load, trained_folder
 from smidgen.fit import is_first_process, own_device, process_run
 from smidgen.precision import pick_device
 from smidgen.run import Run
@@ -164,7 +164,7 @@ def main(config: Config, run: Run) -> dict[str, Any]:
         shots=shots,
         queries=config.queries,
         queries_per_class=config.queries_per_class,
-        batch_norm=norm_mode(method, described.name),
+        batch_norm=norm_mode(method),
         queries_inform_each_other=transductive(method, sampler(0)),
         method=described.name,
         trained_ways=described.ways,
@@ -230,12 +230,12 @@ def predicted(method: nn.Module, episode: Episode, seed: int = 0, i: int = 0) ->
         return method.predict(episode)  # pyright: ignore  a Method
 
 
-def norm_mode(method: nn.Module, name: str = "") -> str:
+def norm_mode(method: nn.Module) -> str:
     """What batch norm normalises by at test time: statistics of the training, or of the batch, queries and all (notes 1.3)."""
-    if name in BATCH_STATISTICS:
-        return "batch statistics"
-    norms = [m for m in method.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    running = {m.running_mean is not None for m in norms}
+    from smidgen.fewshot.methods.inner import Classifier
+
+    norms = [m for m in method.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm | Classifier)]
+    running = {not isinstance(m, Classifier) and m.running_mean is not None for m in norms}
     return {(): "none", (True,): "running statistics", (False,): "batch statistics"}.get(tuple(running), "running and batch statistics")
 
 

@@ -183,7 +183,6 @@ METHODS: dict[str, Callable[..., nn.Module]] = {
     "normalised-protonet": normalised_protonet,
     "mxml": mxml,
 }
-BATCH_STATISTICS = {"maml", "meta-sgd", "btaml"}  # normalise in functions, without modules of batch norm
 
 
 def conv4(shape: Shape, width: int, norm: Norm) -> Conv4:

@@ -189,7 +189,7 @@ def main(config: Config, run: Run) -> dict[str, Any]:
         shots=config.shots,
         queries_per_class=config.queries,
         tasks=config.tasks,
-        batch_norm=norm_mode(method, config.method),
+        batch_norm=norm_mode(method),
         data=images.name,
         train_classes=len(images.classes),
         validation_classes=len(held_out.classes),
