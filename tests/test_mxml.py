@@ -17,7 +17,6 @@ from smidgen.fewshot.methods.mxml import (
     NormalisedProtoNet,
     WeightNetwork,
     conv4_mixture,
-    cross_entropy,
     differences,
     log_weights,
     mixed,
@@ -25,6 +24,7 @@ from smidgen.fewshot.methods.mxml import (
     train_members,
     train_weights,
 )
+from smidgen.fewshot.methods.prototypes import cross_entropy
 from smidgen.fewshot.networks import Conv4
 from smidgen.fewshot.sets import SetsSampler, held_out, joined
 from smidgen.fit import FitConfig
@@ -123,6 +123,17 @@ def test_padding_is_in_no_prototype_and_no_loss():
         assert torch.allclose(model.predict(padded)[:2, : 4 * WAYS], model.predict(episode), atol=1e-5)
         a, b = (float(model.loss(e)) for e in (episode, Sampler(images(), WAYS, 5, 7)(1)))
         assert float(model.loss(padded)) == pytest.approx((2 * a + b) / 3, abs=1e-4)
+
+
+def test_padding_is_not_in_batch_statistics():
+    episodes = Sampler(images(), WAYS, 2, 4)(0), Sampler(images(), WAYS, 5, 7)(1)
+    padded, plain = (NormalisedProtoNet(Conv4(1, 8)) for _ in range(2))
+    plain.load_state_dict(padded.state_dict())
+    padded.loss(joined(episodes))
+    real = [e_x.flatten(0, 1) for e in episodes for e_x in (e.support_x, e.query_x)]
+    plain.embed(torch.cat(real)[None])
+    for a, b in zip(padded.buffers(), plain.buffers(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_class_means():

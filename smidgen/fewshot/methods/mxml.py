@@ -33,6 +33,7 @@ from torch.nn import functional as F
 
 from smidgen.errors import UserError
 from smidgen.fewshot.episodes import Episode, accuracy
+from smidgen.fewshot.methods.prototypes import cross_entropy, full_precision, one_hot, real_nodes
 from smidgen.fewshot.networks import Conv4
 from smidgen.fit import FitConfig, FitResult, fit
 from smidgen.run import Run
@@ -254,8 +255,8 @@ def mixed(
 
 def prototypes(features: Float[Tensor, "tasks n features"], y: Int[Tensor, "tasks n"], ways: int) -> Float[Tensor, "tasks ways features"]:
     """Class means; padding, y = -1, is in none."""
-    belongs = F.one_hot(y + 1, ways + 1)[..., 1:].to(features.dtype)  # (tasks, n, ways)
-    with torch.autocast(features.device.type, enabled=False):
+    belongs = one_hot(y, ways).to(features.dtype)  # (tasks, n, ways)
+    with full_precision(features):
         return (belongs / belongs.sum(1, keepdim=True).clamp(min=1)).mT @ features
 
 
@@ -266,14 +267,15 @@ def differences(embedded: Episode) -> Float[Tensor, "tasks queries ways features
 
 
 def embedded(member: Member, episode: Episode) -> Episode:
-    """The episode as a member sees it."""
-    return episode.with_features(member.embed(episode.support_x), member.embed(episode.query_x))
-
-
-def cross_entropy(logits: Float[Tensor, "tasks queries ways"], y: Int[Tensor, "tasks queries"]) -> Float[Tensor, ""]:
-    """Mean over the queries of a task, then over tasks; padding does not count."""
-    each = F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=-1, reduction="none").view_as(y)
-    return (each.sum(1) / (y >= 0).sum(1)).mean()
+    """The episode as a member sees it, support and queries in one batch; padding, left out of batch statistics, has features 0."""
+    x, real = torch.cat([episode.support_x, episode.query_x], 1), real_nodes(episode)
+    if real.all():
+        features = member.embed(x)
+    else:
+        seen = member.embed(x[real][None])[0]
+        features = seen.new_zeros(*real.shape, seen.shape[-1]).index_put((real,), seen)
+    support = episode.support_y.shape[1]
+    return episode.with_features(features[:, :support], features[:, support:])
 
 
 # --- building and training -------------------------------------------------------------------------------------------
