@@ -24,9 +24,7 @@ def load_images(source: str, split: str = "all") -> Images:
         pixels, labels, names = arrays["images"], arrays["labels"], arrays["class_names"]
         stored = next((arrays[name] for name in SPLIT_ARRAYS if name in arrays.files), None)
     if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4) or len(labels) != len(pixels):
-        raise UserError(
-            f"{source}: images are {pixels.dtype} of shape {pixels.shape}; they have to be uint8, (n, height, width[, channels])"
-        )
+        raise UserError(f"{source}: images are {pixels.dtype} of shape {pixels.shape}; they have to be uint8, (n, height, width[, channels])")
     pixels = pixels[..., None] if pixels.ndim == 3 else pixels
     images = Images(path.stem, torch.from_numpy(pixels), torch.from_numpy(labels.astype(np.int64)), tuple(map(str, names)))
     if split == "all":
