@@ -231,6 +231,25 @@ def test_the_command_writes_figures_and_a_page(tmp_path, evaluate):
         assert words in page, words
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("tpn", {"width": 4}, ["Propagation graph"]),
+        ("btaml", {"width": 4, "test_steps": 1, "samples": 1}, ["Learning rates by task size", "Class weights by class size"]),
+        ("mxml", {"members": [{"name": "normalised-protonet", "options": {"width": 4}}] * 2}, ["Weights of the mixture"]),
+    ],
+)
+def test_a_page_shows_what_a_method_has_inside(tmp_path, evaluate, name, options, words):
+    data = stored(tmp_path / "set.npz", coloured(18))
+    (tmp_path / "model").mkdir()
+    save(tmp_path / "model", make(name, (1, SIDE, SIDE), 3, options), Description(name, (1, SIDE, SIDE), 3, 2, options, "noise"))
+    config = Config(tmp_path / "model", str(data), episodes=4, queries_per_class=4, examples=1, device="cpu")
+    metrics, folder = evaluate(config)
+    assert metrics["batch_norm"] == ("batch statistics" if name == "btaml" else "running statistics")
+    page = write_report([folder]).read_text()
+    assert all(w in page for w in words), words
+
+
 def test_refusals(tmp_path, evaluate):
     data = str(stored(tmp_path / "set.npz", coloured(18)))
     config = Config(saved(tmp_path / "model"), data, episodes=2, queries_per_class=4, device="cpu")

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from smidgen.errors import UserError
 from smidgen.fewshot.data import load_images, shape_of
 from smidgen.fewshot.episodes import Episode, Queries, Sampler, Shots, accuracy
-from smidgen.fewshot.methods import Shows
+from smidgen.fewshot.methods import Shows, Validates
 from smidgen.fewshot.models import describe, load, trained_folder
 from smidgen.fit import is_first_process, own_device, process_run
 from smidgen.precision import pick_device
@@ -183,15 +183,17 @@ def main(config: Config, run: Run) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def evaluated(method: nn.Module, sampler: Sampler, episodes: int, run: Run | None = None, label: str = "episodes") -> Result:
+def evaluated(method: nn.Module, sampler: Sampler, episodes: int, run: Run | None = None, *, validation: bool = False) -> Result:
     """A method on the first episodes of a sampler, in evaluation mode; shared by all processes, which all get the whole result.
+
+    With `validation` methods that have a cheaper answer for it (`Validates`) give that one, and insides are left out.
 
     Methods that draw random numbers find torch's generator seeded by the number of the batch.
     """
     rank, processes = _process(sampler.images.pixels.device)
     batches = -(-episodes // sampler.tasks)
     mine = range(rank, batches, processes)
-    numbers = mine if run is None else run.track(mine, label, max(1, len(mine)))
+    numbers = mine if run is None else run.track(mine, "episodes", max(1, len(mine)))
     classes = len(sampler.images.classes)
     confusion, by_shots = np.zeros((classes, classes), np.int64), np.zeros((2, _most(sampler) + 1), np.int64)
     accuracies: dict[int, list[float]] = {}
@@ -200,12 +202,12 @@ def evaluated(method: nn.Module, sampler: Sampler, episodes: int, run: Run | Non
     method.eval()
     for i in numbers:
         episode, kept = sampler(i), min(sampler.tasks, episodes - i * sampler.tasks)
-        probabilities = predicted(method, episode, sampler.seed, i)
+        probabilities = predicted(method, episode, sampler.seed, i, validation=validation)
         if not bool(probabilities[episode.query_y >= 0].isfinite().all()):
             raise UserError(f"the method's probabilities of episode {i * sampler.tasks} are not finite; its training diverged")
         accuracies[i] = accuracy(probabilities, episode).double()[:kept].tolist()
         _count(probabilities[:kept], episode, confusion, by_shots)
-        if i * sampler.tasks < INSIDES:
+        if i * sampler.tasks < INSIDES and not validation:
             insides[i] = [
                 {"episode": i * sampler.tasks + t} | row for t, row in enumerate(_figures(method, episode, sampler.seed, i)[:kept])
             ]
@@ -222,11 +224,15 @@ def evaluated(method: nn.Module, sampler: Sampler, episodes: int, run: Run | Non
     )
 
 
-def predicted(method: nn.Module, episode: Episode, seed: int = 0, i: int = 0) -> Float[Tensor, "tasks queries ways"]:
+def predicted(
+    method: nn.Module, episode: Episode, seed: int = 0, i: int = 0, *, validation: bool = False
+) -> Float[Tensor, "tasks queries ways"]:
     """Probabilities of batch number i, the same whatever was drawn before."""
     device = episode.query_x.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed((seed * 2_654_435_761 + i) % 2**32)
+        if validation and isinstance(method, Validates):
+            return method.validate(episode)
         return method.predict(episode)  # pyright: ignore  a Method
 
 

@@ -6,11 +6,13 @@ Standard output is a CSV and nothing else: path,class,probability, a line per im
 it again as predictions.csv, with the probabilities of all classes as columns, and the figures of the run in metrics.json.
 
 Two ways. A frozen backbone and a head without parameters (below), or with `--model` a method that `smidgen fewshot train` trained, which
-sees the images themselves. All images make one task: where a method lets queries inform each other (TPN, batch statistics), an image's class depends on the others given with it; prototypes and simpleshot judge each one alone.
+sees the images themselves. All images make one task: where a method lets queries inform each other (label-propagation, TPN, batch
+statistics), an image's class depends on the others given with it; prototypes and simpleshot judge each one alone.
 
     prototypes          p(class | x) = softmax( -t |z - c|^2 )      z: features of length 1; c: mean z of the class's support
     simpleshot          the same, z less the mean feature of the support first (notes 5.1; the paper takes the mean of base classes,
                         which a backbone brought from elsewhere does not tell)
+    label-propagation   over simpleshot's z; images vote for each other along their likeness (notes 2.3)
 
 Squared distances of such z lie between 0 and 4, so that t = 1 would call nothing certain; t = 10 is a choice of ours.
 """
@@ -18,26 +20,28 @@ Squared distances of such z lie between 0 and 4, so that t = 1 would call nothin
 import csv
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, cast
 
 import torch
 from cyclopts import Parameter
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from smidgen.errors import UserError
 from smidgen.fewshot.backbones import LITE, TRAINED, Scaling, normalised, open_backbone
 from smidgen.fewshot.episodes import Episode
+from smidgen.fewshot.methods import Method as Trained
+from smidgen.fewshot.methods.propagation import LabelPropagation
+from smidgen.fewshot.methods.prototypes import ProtoNet
 from smidgen.fewshot.models import describe, load
 from smidgen.images import Images, unlabelled
 from smidgen.images import load as load_images
 from smidgen.run import Run
 
-Method = Literal["prototypes", "simpleshot"]
+Method = Literal["prototypes", "simpleshot", "label-propagation"]
 PREDICTIONS = "predictions.csv"
 FEATURES = "features"
 TEMPERATURE = 10.0
@@ -84,6 +88,8 @@ class Config:
         for name, value in of_backbone.items():
             if self.model is not None and value is not None:
                 raise UserError(f"--{name} is for a backbone without training; a --model brings its own, leave one of the two out")
+        if self.temperature is not None and self.method == "label-propagation":
+            raise UserError("--temperature is for distances to prototypes; label-propagation takes none")
         if self.temperature is not None and not 0 < self.temperature < float("inf"):
             raise UserError(f"--temperature must be positive, got {self.temperature}")
         if self.batch < 1:
@@ -151,8 +157,8 @@ def by_backbone(config: Config, cache: Path, device: torch.device) -> tuple[Imag
         raise UserError(f"--size {config.size}: {backbone.name} reads images of side {backbone.size}; leave --size out")
     support, queries = read(config, backbone.size or config.size or SIZE, backbone.channels or 3)
     x, q = (backbone.features(images, config.batch, cache) for images in (support, queries))
-    head = HEADS[config.method or "prototypes"]
-    probabilities = head(x, support.labels, q, len(support.classes), TEMPERATURE if config.temperature is None else config.temperature)
+    temperature = TEMPERATURE if config.temperature is None else config.temperature
+    probabilities = classify(config.method or "prototypes", x, support.labels, q, len(support.classes), temperature)
     return support, queries, probabilities, backbone.name
 
 
@@ -166,7 +172,8 @@ def by_model(config: Config, model: Path, device: torch.device) -> tuple[Images,
     everything = [torch.arange(len(images.labels)) for images in (support, queries)]
     x, q = (images.floats(index)[None].to(device) for images, index in zip((support, queries), everything, strict=True))
     episode = Episode(x, support.labels[None].to(device), q, queries.labels[None].to(device), len(support.classes))
-    return support, queries, load(folder, device).predict(episode)[0].cpu(), str(model)  # pyright: ignore[reportCallIssue]
+    method = cast(Trained, load(folder, device))
+    return support, queries, method.predict(episode)[0].cpu(), str(model)
 
 
 def read(config: Config, size: int, channels: int) -> tuple[Images, Images]:
@@ -177,28 +184,24 @@ def read(config: Config, size: int, channels: int) -> tuple[Images, Images]:
     return support, unlabelled(config.images, size, channels, config.skip_bad)
 
 
-# --- heads: features and labels of the support, features of the queries, ways, temperature -> probabilities ------------
-
-
-def prototypes(
-    support: Float[Tensor, "s width"], labels: Int[Tensor, "s"], queries: Float[Tensor, "n width"], ways: int, temperature: float
+@torch.no_grad()
+def classify(
+    method: Method,
+    support: Float[Tensor, "s width"],
+    labels: Int[Tensor, "s"],
+    queries: Float[Tensor, "n width"],
+    ways: int,
+    temperature: float = TEMPERATURE,
 ) -> Float[Tensor, "n ways"]:
-    """Softmax of squared distances to the class means, of features of length 1."""
-    z, q = normalised(support).double(), normalised(queries).double()
-    member = torch.nn.functional.one_hot(labels, ways).to(z)  # (s, ways)
-    means = member.mT @ z / member.sum(0)[:, None]
-    return (-temperature * torch.cdist(q, means).square()).softmax(-1).float()
-
-
-def simpleshot(
-    support: Float[Tensor, "s width"], labels: Int[Tensor, "s"], queries: Float[Tensor, "n width"], ways: int, temperature: float
-) -> Float[Tensor, "n ways"]:
-    """The same of centred features; a class with many images does not draw the mean to itself."""
-    mean = torch.stack([support[labels == c].mean(0) for c in range(ways)]).mean(0)
-    return prototypes(support - mean, labels, queries - mean, ways, temperature)
-
-
-HEADS: dict[Method, Callable[..., Float[Tensor, "n ways"]]] = {"prototypes": prototypes, "simpleshot": simpleshot}
+    """Probabilities from features; see the module's description."""
+    mean = torch.zeros_like(support[0])
+    if method != "prototypes":  # the mean of class means: a class with many images does not draw it to itself
+        mean = torch.stack([support[labels == c].mean(0) for c in range(ways)]).mean(0)
+    z, q = normalised(support, mean)[None], normalised(queries, mean)[None]
+    episode = Episode(z, labels[None], q, labels.new_zeros(1, len(queries)), ways)
+    if method == "label-propagation":
+        return LabelPropagation(nn.Identity()).predict(episode)[0]
+    return (temperature * ProtoNet(nn.Identity()).logits(episode)).softmax(-1)[0]
 
 
 def _trained(model: Path) -> Path:

@@ -239,7 +239,7 @@ def train(
 
     def measure(model: nn.Module) -> dict[str, Any]:
         assert isinstance(model, Training)
-        return figures(evaluated(model.method, validation, episodes))
+        return figures(evaluated(model.method, validation, episodes, validation=True))
 
     if groups is None and isinstance(method, MxML):
         groups = [{"params": method.network.parameters()}]  # members are frozen

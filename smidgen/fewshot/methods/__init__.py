@@ -40,3 +40,12 @@ class Shows(Protocol):
         weights  (tasks, members)     of a mixture
         """
         ...
+
+
+@runtime_checkable
+class Validates(Protocol):
+    """A method with a cheaper answer than `predict`, to choose among states in training."""
+
+    def validate(self, episode: Episode) -> Float[Tensor, "tasks queries ways"]:
+        """Probabilities, as of `predict`."""
+        ...

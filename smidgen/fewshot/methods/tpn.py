@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from smidgen.errors import UserError
 from smidgen.fewshot.episodes import Episode
-from smidgen.fewshot.methods.propagation import Propagation, Solve, cholesky, extra, nodes, one_by_one
+from smidgen.fewshot.methods.propagation import Propagation, Solve, affinity, cholesky, extra, nodes, one_by_one, sparse
 from smidgen.fewshot.methods.prototypes import cross_entropy, full_precision
 
 FLOOR = 0.01  # least sigma with `guard`
@@ -134,6 +134,14 @@ class TPN(nn.Module):
     ) -> Float[Tensor, "tasks n ways"]:
         """F* from what the backbone made; what is exported behind it."""
         return self.propagation(maps.flatten(2), self.sigma(maps, real), y, real, solve)
+
+    @torch.no_grad()
+    def insides(self, episode: Episode) -> dict[str, Tensor]:
+        """For reports: the graph W after neighbours are chosen, and sigma."""
+        maps, _, real = nodes(self.backbone, episode)
+        with full_precision(maps):
+            sigma = self.sigma(maps, real)
+            return {"graph": sparse(affinity(maps.flatten(2), sigma, real), self.propagation.k), "sigma": sigma}
 
     def sigma(self, maps: Float[Tensor, "tasks n *map"], real: Bool[Tensor, "tasks n"]) -> Float[Tensor, "tasks n"]:
         """Of every node; 1 where padded, which no batch norm sees."""
