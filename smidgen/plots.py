@@ -15,8 +15,10 @@ from html import escape
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 INK, MUTED, RULE = "#1f2328", "#5c646d", "#d4d9de"
@@ -99,6 +101,98 @@ def bars(values: Mapping[str, int | float], x_label: str, title: str) -> str:
         axes.grid(visible=False, axis="y")
         axes.tick_params(axis="y", length=0, labelcolor=INK)
         return _svg(figure, title)
+
+
+def lines(series: Mapping[str, Points], x_label: str, y_label: str, title: str, error: Mapping[str, Sequence[float]] | None = None) -> str:
+    """A line per series over any two linear axes; `error` is how far a value may be off, either way."""
+    with _style(title):
+        figure, axes = _axes(WIDE, 3.2)
+        _draw(axes, series)
+        for i, (name, points) in enumerate(series.items()):
+            if error is not None and name in error:
+                x, y = np.array(points, float).reshape(-1, 2).T
+                off = np.array(error[name], float)
+                axes.fill_between(x, y - off, y + off, color=SERIES[i % len(SERIES)], alpha=0.15, linewidth=0)
+        axes.set(xlabel=x_label, ylabel=y_label)
+        _legend(figure, axes)
+        return _svg(figure, title)
+
+
+def dots(series: Mapping[str, Points], x_label: str, y_label: str, title: str) -> str:
+    """A cloud of points per series."""
+    with _style(title):
+        figure, axes = _axes(WIDE, 3.2)
+        for i, (name, points) in enumerate(series.items()):
+            x, y = [p[0] for p in points], [p[1] for p in points]
+            color, marker = SERIES[i % len(SERIES)], MARKERS[i % len(MARKERS)]
+            axes.plot(x, y, color=color, marker=marker, markersize=3.0, linestyle="none", alpha=0.7, label=_label(name))
+        axes.set(xlabel=x_label, ylabel=y_label)
+        _legend(figure, axes)
+        return _svg(figure, title)
+
+
+def heat_map(values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], title: str, y_label: str = "") -> str:
+    """A square per value in 0 .. 1, the darker the larger, 0 left blank; names are left out where there are more than fit."""
+    with _style(title):
+        height = min(8.5, 1.4 + 0.2 * len(rows))
+        figure, axes = _axes(WIDE, height)
+        for y, row in enumerate(values):
+            for x, value in enumerate(row):
+                if value > 0:
+                    axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=SERIES[0], alpha=min(1.0, value), linewidth=0))
+        axes.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5), aspect="equal", xlabel="predicted", ylabel=y_label)
+        shown = len(rows) <= 40
+        axes.set_xticks(range(len(columns)) if shown else [], [_label(name, 18) for name in columns] if shown else [], rotation=90)
+        axes.set_yticks(range(len(rows)) if shown else [], [_label(name, 18) for name in rows] if shown else [])
+        axes.tick_params(length=0, labelsize=7)
+        axes.grid(visible=False)
+        return _svg(figure, title)
+
+
+def graph(weights: Sequence[tuple[int, int, float]], colors: Sequence[int], support: int, title: str) -> str:
+    """Nodes on a circle, ordered by colour, and the edges between them, the stronger the darker; the first `support` nodes are squares.
+
+    A node without a colour, -1, is not drawn. `weights` are (node, node, strength relative to the strongest).
+    """
+    nodes = sorted((node for node, color in enumerate(colors) if color >= 0), key=lambda node: (colors[node], node))
+    place = {node: (math.cos(2 * math.pi * i / len(nodes)), math.sin(2 * math.pi * i / len(nodes))) for i, node in enumerate(nodes)}
+    with _style(title):
+        figure, axes = _axes(NARROW, NARROW)
+        for a, b, strength in weights:
+            if a in place and b in place:
+                (x, y), (u, v) = place[a], place[b]
+                axes.plot([x, u], [y, v], color=MUTED, alpha=max(0.05, min(1.0, strength)) * 0.6, linewidth=0.7)
+        for node, (x, y) in place.items():
+            marker, size = ("s", 8.0) if node < support else ("o", 4.5)
+            axes.plot([x], [y], color=SERIES[colors[node] % len(SERIES)], marker=marker, markersize=size)
+        axes.set(aspect="equal")
+        axes.set_axis_off()
+        return _svg(figure, title)
+
+
+def thumbnails(rows: Sequence[tuple[str, Sequence[tuple[str, str, bool]], Sequence[tuple[str, str, bool]]]], title: str) -> str:
+    """A row of small pictures per class: (name, labelled ones, ones asked for), each picture (data URI, words below, whether wrong)."""
+    side, step, name_width, gap, height = 40, 62, 130, 30, 68
+    most = max(len(labelled) for _, labelled, _ in rows)
+    width = name_width + gap + step * (most + max(len(asked) for _, _, asked in rows))
+    parts = []
+    for i, (name, labelled, asked) in enumerate(rows):
+        top = 20 + i * height
+        parts.append(f'<text x="0" y="{top + side / 2 + 4}">{escape(name[-20:])}</text>')
+        for j, (uri, words, wrong) in enumerate((*labelled, *asked)):
+            x = name_width + step * j if j < len(labelled) else name_width + gap + step * (most + j - len(labelled))
+            color = f"var(--series-1, {SERIES[1]})" if wrong else f"var(--rule, {RULE})"
+            ink = color if wrong else f"var(--muted, {MUTED})"
+            parts.append(
+                f'<image href="{escape(uri)}" x="{x}" y="{top}" width="{side}" height="{side}" style="image-rendering: pixelated"/>'
+                f'<rect x="{x - 1}" y="{top - 1}" width="{side + 2}" height="{side + 2}" fill="none" stroke="{color}" stroke-width="2"/>'
+                f'<text x="{x}" y="{top + side + 12}" font-size="9" fill="{ink}">{escape(words)}</text>'
+            )
+    head = f'<text x="{name_width}" y="12">labelled</text><text x="{name_width + gap + step * most}" y="12">to classify</text>'
+    style = f'font-size="11" fill="var(--ink, {INK})" xmlns="http://www.w3.org/2000/svg"'
+    return (
+        f'<svg role="img" aria-label="{escape(title)}" viewBox="0 0 {width} {20 + height * len(rows)}" {style}>{head}{"".join(parts)}</svg>'
+    )
 
 
 def _axes(width: float, height: float) -> tuple[Figure, Axes]:

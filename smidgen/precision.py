@@ -1,6 +1,8 @@
-"""The type a device multiplies fastest without losing what matters."""
+"""Where to compute, and the type that device multiplies fastest without losing what matters."""
 
 import torch
+
+from smidgen.errors import UserError
 
 
 def forward_precision(device: torch.device) -> torch.dtype:
@@ -9,3 +11,10 @@ def forward_precision(device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native else torch.float32
+
+
+def pick_device(name: str) -> torch.device:
+    """The device a command computes on."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")

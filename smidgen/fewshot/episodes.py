@@ -15,7 +15,7 @@ Who draws how many:
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -24,44 +24,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from smidgen.errors import UserError
+from smidgen.images import Images
 
 MOST = 50  # shots of an any-shot class
 DIRICHLET = 2.0
 Shots = int | Literal["any", "any-class", "any-task"]
 Queries = Literal["balanced", "dirichlet"]
-
-
-@dataclass(frozen=True)
-class Images:
-    """A set of labelled images, on the device where they are used; uint8 (height, width, channels) as stored."""
-
-    name: str
-    pixels: Int[Tensor, "n height width channels"]
-    labels: Int[Tensor, "n"]
-    classes: tuple[str, ...]
-    members: tuple[Int[Tensor, "_"], ...] = field(default=(), repr=False)
-    "Indices of every class's images."
-
-    def __post_init__(self) -> None:
-        if not self.members:
-            order = torch.argsort(self.labels, stable=True)
-            counts = torch.bincount(self.labels, minlength=len(self.classes)).tolist()
-            object.__setattr__(self, "members", tuple(order.split(counts)))
-
-    def to(self, device: torch.device) -> "Images":
-        """On another device."""
-        return Images(self.name, self.pixels.to(device), self.labels.to(device), self.classes)
-
-    def of(self, classes: list[int]) -> "Images":
-        """Some classes alone, relabelled in this order."""
-        index = torch.cat([self.members[c] for c in classes])
-        labels = torch.repeat_interleave(torch.arange(len(classes)), torch.tensor([len(self.members[c]) for c in classes]))
-        return Images(self.name, self.pixels[index], labels.to(index.device), tuple(self.classes[c] for c in classes))
-
-    def floats(self, index: Int[Tensor, "*n"]) -> Float[Tensor, "*n channels height width"]:
-        """Images as networks read them, in [0, 1]; of a negative index zeros."""
-        x = self.pixels[index.clamp(min=0)].movedim(-1, -3).float() / 255
-        return x * (index >= 0)[..., None, None, None]
 
 
 @dataclass(frozen=True)
@@ -73,6 +41,8 @@ class Episode:
     query_x: Float[Tensor, "tasks queries *image"]
     query_y: Int[Tensor, "tasks queries"]
     ways: int
+    classes: Int[Tensor, "tasks ways"] | None = None
+    "What every way is among the classes of the images drawn from; None where nobody knows."
 
     def shots(self) -> Float[Tensor, "tasks ways"]:
         """Support images of every class."""
@@ -116,10 +86,10 @@ class Sampler:
         """Batch number i."""
         random = np.random.default_rng([self.seed, i])
         tasks = [self._task(random) for _ in range(self.tasks)]
-        parts = [_padded([task[part] for task in tasks]) for part in range(4)]
+        parts = [_padded([task[part] for task in tasks]) for part in range(5)]
         device = self.images.pixels.device
-        support, support_y, query, query_y = (torch.from_numpy(part).to(device) for part in parts)
-        return Episode(self.images.floats(support), support_y, self.images.floats(query), query_y, self.ways)
+        support, support_y, query, query_y, classes = (torch.from_numpy(part).to(device) for part in parts)
+        return Episode(self.images.floats(support), support_y, self.images.floats(query), query_y, self.ways, classes)
 
     def __iter__(self) -> Iterator[Episode]:
         """Batches without end."""
@@ -128,8 +98,8 @@ class Sampler:
             yield self(i)
             i += 1
 
-    def _task(self, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Indices and labels of support and query."""
+    def _task(self, random: np.random.Generator) -> tuple[np.ndarray, ...]:
+        """Indices and labels of support and query, and the classes."""
         classes = random.choice(self.usable(), self.ways, replace=False)
         shots, queries = self._shots(random), self._queries(random)
         support: list[np.ndarray] = []
@@ -140,7 +110,7 @@ class Sampler:
             query.append(members[:asked])
             support.append(members[asked : asked + shots[way]])
         labels = [np.repeat(np.arange(self.ways), [len(p) for p in part]) for part in (support, query)]
-        return np.concatenate(support), labels[0], np.concatenate(query), labels[1]
+        return np.concatenate(support), labels[0], np.concatenate(query), labels[1], classes
 
     def _shots(self, random: np.random.Generator) -> np.ndarray:
         if isinstance(self.shots, int):

@@ -37,7 +37,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from smidgen.errors import UserError
-from smidgen.quant.evaluate import pick_device
+from smidgen.precision import pick_device
 from smidgen.quant.ranges import Kind, Link, Range, fake_quantize
 from smidgen.report import write_report
 from smidgen.run import Run

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from smidgen.errors import UserError
-from smidgen.precision import forward_precision
+from smidgen.precision import forward_precision, pick_device
 from smidgen.quant.checkpoint import Checkpoint
 from smidgen.quant.load import load_artifact
 from smidgen.run import Run
@@ -106,10 +106,3 @@ def generate(model: Any, tokenizer: Any) -> dict[str, str]:
         out = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=tokenizer.eos_token_id)
         samples[prompt] = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return samples
-
-
-def pick_device(name: str) -> torch.device:
-    """The device a command computes on."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu")
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")

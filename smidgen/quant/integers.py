@@ -27,12 +27,12 @@ from transformers import PreTrainedModel
 from smidgen.errors import UserError
 from smidgen.fit import FitConfig
 from smidgen.grid import Narrow
-from smidgen.precision import forward_precision
+from smidgen.precision import forward_precision, pick_device
 from smidgen.quant.activations import fix_ranges
 from smidgen.quant.blocks import decoder_list, family_of, walk, widest
 from smidgen.quant.calibrate import Calibration
 from smidgen.quant.checkpoint import Checkpoint
-from smidgen.quant.evaluate import exponential, mean_loss, perplexity, pick_device
+from smidgen.quant.evaluate import exponential, mean_loss, perplexity
 from smidgen.quant.export import onnx_qdq
 from smidgen.quant.export.onnx import FAMILIES, library
 from smidgen.quant.memory import peak_bytes, reset_peak

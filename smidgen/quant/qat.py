@@ -39,8 +39,9 @@ from transformers import PreTrainedModel
 
 from smidgen.errors import UserError
 from smidgen.fit import CHECKPOINT, Evaluate, FitConfig, FitResult, Loss, fit, is_first_process, own_device, process_run, shuffled
+from smidgen.precision import pick_device
 from smidgen.quant.checkpoint import Checkpoint
-from smidgen.quant.evaluate import exponential, mean_loss, perplexity, pick_device
+from smidgen.quant.evaluate import exponential, mean_loss, perplexity
 from smidgen.quant.ranges import Kind, Link, Range
 from smidgen.quant.simulate import QuantLinear, Scheme, activations_of, restore, set_mode, simulate
 from smidgen.run import Run

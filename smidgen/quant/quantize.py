@@ -15,12 +15,12 @@ from transformers import PreTrainedModel
 
 from smidgen.errors import UserError
 from smidgen.grid import Grid, QWeight
-from smidgen.precision import forward_precision
+from smidgen.precision import forward_precision, pick_device
 from smidgen.quant.allocate import knapsack, measured, widths
 from smidgen.quant.blocks import Block, Inputs, decoder_list, family_of, walk, widest
 from smidgen.quant.calibrate import Calibration
 from smidgen.quant.checkpoint import Checkpoint
-from smidgen.quant.evaluate import generate, perplexity, pick_device
+from smidgen.quant.evaluate import generate, perplexity
 from smidgen.quant.export import EXPORTERS, check_formats, formats
 from smidgen.quant.formats import FORMATS, Q4_0
 from smidgen.quant.linear import LINEAR, weight_of

@@ -19,12 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from smidgen.errors import UserError
-from smidgen.precision import forward_precision
+from smidgen.precision import forward_precision, pick_device
 from smidgen.quant.blocks import Block, decoder_list, family_of, walk, widest
 from smidgen.quant.calibrate import Calibration
 from smidgen.quant.checkpoint import Checkpoint
 from smidgen.quant.collect import collect
-from smidgen.quant.evaluate import pick_device
 from smidgen.quant.solvers import BOA, GPTQ
 from smidgen.quant.stats import Stats
 from smidgen.quant.writing import writing

@@ -15,6 +15,7 @@ from cyclopts import Parameter
 
 from smidgen.errors import UserError
 from smidgen.report.comparison import comparison
+from smidgen.report.fewshot import fewshot_evaluation, fewshot_training
 from smidgen.report.finished import Finished
 from smidgen.report.learned_ranges import learned_ranges
 from smidgen.report.page import Page, render
@@ -23,7 +24,14 @@ from smidgen.report.run import generic, provenance
 from smidgen.report.training import training
 from smidgen.run import PARTIAL
 
-JOBS = {"quantize": quantization, "evaluate": evaluation, "qat": training, "lab ranges": learned_ranges}
+JOBS = {
+    "quantize": quantization,
+    "evaluate": evaluation,
+    "qat": training,
+    "lab ranges": learned_ranges,
+    "fewshot train": fewshot_training,
+    "fewshot evaluate": fewshot_evaluation,
+}
 
 
 @Parameter(name="*")

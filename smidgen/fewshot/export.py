@@ -1,0 +1,229 @@
+"""A few-shot predictor as one ONNX file: the support travels with every call, so new classes need no new model.
+
+    support_images   float32 (support, *image)     as the backbone reads them: (channels, height, width) in [0, 1], or features
+    support_labels   float32 (support, ways)       one-hot rows
+    query_images     float32 (queries, *image)
+    probabilities    float32 (queries, ways)
+
+`support`, `queries` and `ways` are free. Of the methods whose prediction is a backbone and a head in closed form: ProtoNet, SimpleShot,
+LabelPropagation, TPN.
+
+ONNX has no operator that solves linear systems, so (I - alpha S) F = Y becomes products of matrices, "Neumann doubling":
+
+    (I - A)^-1 Y = (I + A^(2^(K-1))) ... (I + A^4) (I + A^2) (I + A) Y + remainder             A = alpha S
+
+The product is sum_{j < 2^K} A^j Y, and the remainder A^(2^K) (I - A)^-1 Y is at most alpha^(2^K) of the solution in the Euclidean norm, S
+being symmetric with its spectrum in [-1, 1]. K is the least that makes it 1e-8: 11 for alpha = 0.99. Conjugate gradients would need 120
+steps of ten small operators each for the same. What single precision loses besides, a step of iterative refinement wins back.
+
+Eight bits: ONNX Runtime's static quantization (QDQ) of the backbone's convolutions and matrix products, weights per channel, ranges from
+calibration tasks. The graph module of TPN and the heads stay float: a rounding error of sigma moves whole rows of the graph.
+"""
+
+import copy
+import math
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from smidgen.errors import UserError
+from smidgen.fewshot.episodes import Episode
+from smidgen.fewshot.methods.propagation import LabelPropagation
+from smidgen.fewshot.methods.prototypes import ProtoNet, one_hot
+from smidgen.fewshot.methods.simpleshot import SimpleShot
+from smidgen.fewshot.methods.tpn import TPN
+
+if TYPE_CHECKING:
+    import onnx
+
+INPUTS = ("support_images", "support_labels", "query_images")
+OUTPUT = "probabilities"
+REMAINDER = 1e-8
+SCOPES = "pkg.torch.onnx.name_scopes"  # metadata of a node: the modules it comes from
+QUANTIZED = ("Conv", "Gemm", "MatMul")
+Exportable = ProtoNet | SimpleShot | LabelPropagation | TPN
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and how far it is from torch."""
+
+    path: Path
+    size_bytes: int
+    deviation: float
+    "Largest difference of a probability from torch's, over the queries of all given tasks."
+    agreement: float
+    "Share of these queries that get the same class."
+
+
+class Predictor(nn.Module):
+    """One task, as the file has it."""
+
+    def __init__(self, method: Exportable) -> None:
+        super().__init__()
+        self.method = method
+
+    def forward(
+        self,
+        support_images: Float[Tensor, "support *image"],
+        support_labels: Float[Tensor, "support ways"],
+        query_images: Float[Tensor, "queries *image"],
+    ) -> Float[Tensor, "queries ways"]:
+        """Probabilities of the queries."""
+        return self.logits(support_images, support_labels, query_images).softmax(-1)
+
+    def logits(self, support: Tensor, labels: Tensor, query: Tensor) -> Tensor:
+        """Of the queries."""
+        n = support.shape[0]
+        maps = self.method.backbone(torch.cat([support, query]))
+        if isinstance(self.method, ProtoNet | SimpleShot):
+            x = maps.flatten(1)
+            return self.method.head(x[None, :n], labels[None], x[None, n:])[0]
+        y = torch.cat([labels, labels.new_zeros(query.shape[0], labels.shape[1])])
+        real = torch.ones_like(y[:, 0], dtype=torch.bool)
+        return self.method.head(maps[None], y[None], real[None], doubling)[0, n:]
+
+
+def doublings(alpha: float) -> int:
+    """K: the least with alpha^(2^K) <= 1e-8."""
+    return 0 if alpha == 0 else max(0, math.ceil(math.log2(math.log(REMAINDER) / math.log(alpha))))
+
+
+def doubling(s: Float[Tensor, "tasks n n"], y: Float[Tensor, "tasks n ways"], alpha: float) -> Float[Tensor, "tasks n ways"]:
+    """F* = (I - alpha S)^-1 Y by products alone."""
+    powers = [alpha * s]
+    for _ in range(doublings(alpha) - 1):
+        powers.append(powers[-1] @ powers[-1])
+
+    def inverse(b: Tensor) -> Tensor:
+        for power in powers:
+            b = b + power @ b
+        return b
+
+    f = inverse(y)
+    return f + inverse(y - (f - alpha * s @ f))
+
+
+def export(method: nn.Module, path: Path, episodes: Sequence[Episode], bits: int | None = None) -> Exported:
+    """Writes the predictor and compares it with torch on the episodes' tasks.
+
+    `episodes` give the shape of images; with `bits` 8 they are calibration data too, so let there be some ten tasks of real images.
+    The method is left as it was; what is written is its evaluation mode.
+    """
+    if not isinstance(method, ProtoNet | SimpleShot | LabelPropagation | TPN):
+        raise UserError(
+            f"a {type(method).__name__} cannot be exported to ONNX: its prediction is not a backbone with a head in closed form"
+        )
+    if bits not in (None, 8):
+        raise UserError(f"the backbone is exported in float or 8 bits, not {bits}")
+    feeds = [feed for episode in episodes for feed in tasks(episode)]
+    if not feeds:
+        raise UserError("an export needs at least one episode, for the shape of its images")
+    try:
+        import onnx
+        import onnxruntime
+        import onnxscript  # noqa: F401 (torch imports it late)
+    except ImportError as error:
+        raise UserError(f"exporting to ONNX needs the package {error.name}: pip install onnx onnxscript onnxruntime") from error
+    predictor = Predictor(copy.deepcopy(method).cpu()).eval()
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and not m.track_running_stats for m in predictor.modules()):
+        raise UserError(
+            "transductive batch norm takes statistics of the batch, which the file would get wrong; export an inductive network"
+        )
+    model = graph(predictor, feeds[0])
+    if bits == 8:
+        model = quantized(model, feeds)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    onnx.save(model, path)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    worst, same, count = 0.0, 0, 0
+    for feed in feeds:
+        with torch.no_grad():
+            ours = predictor(*(torch.from_numpy(feed[name]) for name in INPUTS)).numpy()
+        theirs = np.asarray(session.run([OUTPUT], feed)[0])
+        worst = max(worst, float(np.abs(ours - theirs).max()))
+        same, count = same + int((ours.argmax(-1) == theirs.argmax(-1)).sum()), count + len(ours)
+    return Exported(path, path.stat().st_size, worst, same / count)
+
+
+def tasks(episode: Episode) -> list[dict[str, np.ndarray]]:
+    """Every task as the file takes it, without padding."""
+    labels = one_hot(episode.support_y, episode.ways)
+    found = []
+    for i in range(len(labels)):
+        support, query = episode.support_y[i] >= 0, episode.query_y[i] >= 0
+        tensors = episode.support_x[i][support], labels[i][support], episode.query_x[i][query]
+        found.append({name: t.float().cpu().numpy() for name, t in zip(INPUTS, tensors, strict=True)})
+    return found
+
+
+def graph(predictor: Predictor, feed: dict[str, np.ndarray]) -> "onnx.ModelProto":
+    """The predictor's graph."""
+    support, queries, ways = (torch.export.Dim(name, min=least) for name, least in (("support", 2), ("queries", 1), ("ways", 2)))
+    shapes = {"support_images": {0: support}, "support_labels": {0: support, 1: ways}, "query_images": {0: queries}}
+    # a task of 1 or 2 would be taken for a constant: traced with sizes of its own
+    example = [np.repeat(feed[name], 3, 0) for name in INPUTS]
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`isinstance.treespec")  # torch.export about its own classes
+            warnings.filterwarnings("ignore", "# The axis name")  # two inputs share the axis "support"; meant so
+            program = torch.onnx.export(
+                predictor,
+                tuple(torch.from_numpy(x) for x in example),
+                dynamo=True,
+                opset_version=20,
+                input_names=list(INPUTS),
+                output_names=[OUTPUT],
+                dynamic_shapes=shapes,
+                verbose=False,
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        first = next((line for line in reversed(str(error).splitlines()) if line.startswith("<class")), str(error).splitlines()[0])
+        raise UserError(f"torch cannot export {type(predictor.method.backbone).__name__} to ONNX: {first}") from error
+    assert program is not None
+    return program.model_proto
+
+
+def quantized(model: "onnx.ModelProto", feeds: list[dict[str, np.ndarray]]) -> "onnx.ModelProto":
+    """The backbone in eight bits."""
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    class Feeds(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.rest = iter(feeds)
+
+        def get_next(self) -> Any:
+            return next(self.rest, None)
+
+    chosen = [node.name for node in model.graph.node if node.op_type in QUANTIZED and in_backbone(node)]
+    if not chosen:
+        raise UserError("the backbone has no convolution or matrix product to quantize; leave out the bits")
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
+        model.metadata_props.add(key="onnx.infer", value="onnxruntime.quant")  # has its shapes; spares a warning that it has none
+        onnx.save(model, source)
+        quantize_static(
+            source,
+            target,
+            Feeds(),
+            quant_format=QuantFormat.QDQ,
+            nodes_to_quantize=chosen,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+        )
+        return onnx.load(target)
+
+
+def in_backbone(node: "onnx.NodeProto") -> bool:
+    """Whether the node was traced in `method.backbone`."""
+    return any(p.key == SCOPES and "method.backbone" in p.value for p in node.metadata_props)

@@ -1,0 +1,214 @@
+"""`smidgen fewshot predict`: which of a few classes, each shown by a few photos, new photos belong to.
+
+    smidgen fewshot predict --support photos --images new > classes.csv
+
+Standard output is a CSV and nothing else: path,class,probability, a line per image, in the order of their paths. The run's folder holds
+it again as predictions.csv, with the probabilities of all classes as columns, and the figures of the run in metrics.json.
+
+Two ways. A frozen backbone and a head without parameters (below), or with `--model` a method that `smidgen fewshot train` trained, which
+sees the images themselves. All images make one task: where a method lets queries inform each other (label-propagation, TPN, batch
+statistics), an image's class depends on the others given with it; prototypes and simpleshot judge each one alone.
+
+    prototypes          p(class | x) = softmax( -t |z - c|^2 )      z: features of length 1; c: mean z of the class's support
+    simpleshot          the same, z less the mean feature of the support first (notes 5.1; the paper takes the mean of base classes,
+                        which a backbone brought from elsewhere does not tell)
+    label-propagation   over simpleshot's z; images vote for each other along their likeness (notes 2.3)
+
+Squared distances of such z lie between 0 and 4, so that t = 1 would call nothing certain; t = 10 is a choice of ours.
+"""
+
+import csv
+import sys
+import time
+from dataclasses import KW_ONLY, dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+from cyclopts import Parameter
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from smidgen.errors import UserError
+from smidgen.fewshot.backbones import LITE, TRAINED, Scaling, normalised, open_backbone
+from smidgen.fewshot.episodes import Episode
+from smidgen.fewshot.methods import Method as Trained
+from smidgen.fewshot.methods.propagation import LabelPropagation
+from smidgen.fewshot.methods.prototypes import ProtoNet
+from smidgen.fewshot.models import describe, load
+from smidgen.images import Images, unlabelled
+from smidgen.images import load as load_images
+from smidgen.run import Run
+
+Method = Literal["prototypes", "simpleshot", "label-propagation"]
+PREDICTIONS = "predictions.csv"
+FEATURES = "features"
+TEMPERATURE = 10.0
+SIZE = 64  # side of images, for a backbone that reads any
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Config:
+    """Options of `smidgen fewshot predict`."""
+
+    _: KW_ONLY
+    support: Path
+    "Labelled images: a folder with a folder per class, a .csv with the columns path,label, or a .npz."
+    images: Path
+    "Images to classify: a file, or all of a folder and the folders in it."
+    model: Path | None = None
+    "A run of smidgen fewshot train, instead of method and backbone."
+    method: Method | None = None
+    "Head over the features; prototypes if none is given."
+    backbone: str | None = None
+    "pixels, efficientnet-lite0 (the one if none is given), a .onnx file, a trained Conv-4, or a folder with a transformers image model."
+    scaling: Scaling | None = None
+    "What a .onnx backbone wants of pixels in 0 .. 1; none if not given."
+    temperature: float | None = None
+    "Factor of squared distances, t; 10 if not given."
+    size: int | None = None
+    "Side of the images, for a backbone that reads any; 64 if not given."
+    skip_bad: bool = False
+    "Leave files out that cannot be read, instead of stopping."
+    batch: int = 32
+    "Images computed at once."
+    cache: Path | None = None
+    "Folder where features are kept and looked up; the run's own if none is given."
+    output: Path | None = None
+    "Folder of the run; by default a new one under runs/fewshot/predict."
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    "Where to compute."
+
+    def check(self) -> None:
+        """Refuses what cannot work, or would do nothing."""
+        of_backbone = {"method": self.method, "backbone": self.backbone, "scaling": self.scaling, "temperature": self.temperature}
+        of_backbone |= {"size": self.size, "cache": self.cache}
+        for name, value in of_backbone.items():
+            if self.model is not None and value is not None:
+                raise UserError(f"--{name} is for a backbone without training; a --model brings its own, leave one of the two out")
+        if self.temperature is not None and self.method == "label-propagation":
+            raise UserError("--temperature is for distances to prototypes; label-propagation takes none")
+        if self.temperature is not None and not 0 < self.temperature < float("inf"):
+            raise UserError(f"--temperature must be positive, got {self.temperature}")
+        if self.batch < 1:
+            raise UserError(f"--batch must be at least one image, got {self.batch}")
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Probabilities of every class for every image."""
+
+    paths: tuple[str, ...]
+    classes: tuple[str, ...]
+    probabilities: Float[Tensor, "n classes"]
+
+    def csv(self, every: bool = False) -> str:
+        """A line per image with its likeliest class; `every`: a column per class besides."""
+        text = StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["path", "class", "probability", *(self.classes if every else ())])
+        for path, row in zip(self.paths, self.probabilities.tolist(), strict=True):
+            best = max(range(len(row)), key=row.__getitem__)
+            writer.writerow([path, self.classes[best], f"{row[best]:.6f}", *(f"{p:.6f}" for p in (row if every else ()))])
+        return text.getvalue()
+
+
+def command(config: Config) -> None:
+    """Classify images by a few labelled ones; prints a CSV."""
+    with Run("fewshot predict", config, config.output, config.support.stem) as run:
+        predictions = main(config, run)
+    sys.stdout.write(predictions.csv())
+
+
+def main(config: Config, run: Run) -> Predictions:
+    """Read, embed, compare; or read and ask the trained method."""
+    config.check()
+    started = time.monotonic()
+    device = _device(config.device)
+    if config.model is not None:
+        support, queries, probabilities, name = by_model(config, config.model, device)
+    else:
+        support, queries, probabilities, name = by_backbone(config, config.cache or run.folder / FEATURES, device)
+    if not probabilities.isfinite().all():
+        raise UserError("the probabilities are NaN or infinite; the network is damaged, or reads other images")
+    for path in (*support.skipped, *queries.skipped):
+        run.say(f"skipped, cannot be read: {path}")
+    predictions = Predictions(queries.paths, support.classes, probabilities)
+    (run.folder / PREDICTIONS).write_text(predictions.csv(every=True), encoding="utf-8")
+    run.finish(
+        images=len(queries.paths),
+        classes=len(support.classes),
+        shots=[len(members) for members in support.members],
+        skipped=len(support.skipped) + len(queries.skipped),
+        method=config.method or ("prototypes" if config.model is None else describe(_trained(config.model)).name),
+        network=name,
+        probability=float(probabilities.max(1).values.mean()),
+        seconds=time.monotonic() - started,
+    )
+    return predictions
+
+
+def by_backbone(config: Config, cache: Path, device: torch.device) -> tuple[Images, Images, Float[Tensor, "n classes"], str]:
+    """Support, images, their probabilities and the network's name."""
+    backbone = open_backbone(config.backbone or LITE, device, config.scaling)
+    if config.size is not None and backbone.size not in (None, config.size):
+        raise UserError(f"--size {config.size}: {backbone.name} reads images of side {backbone.size}; leave --size out")
+    support, queries = read(config, backbone.size or config.size or SIZE, backbone.channels or 3)
+    x, q = (backbone.features(images, config.batch, cache) for images in (support, queries))
+    temperature = TEMPERATURE if config.temperature is None else config.temperature
+    probabilities = classify(config.method or "prototypes", x, support.labels, q, len(support.classes), temperature)
+    return support, queries, probabilities, backbone.name
+
+
+@torch.no_grad()
+def by_model(config: Config, model: Path, device: torch.device) -> tuple[Images, Images, Float[Tensor, "n classes"], str]:
+    """The same of a trained method."""
+    folder = _trained(model)
+    described = describe(folder)
+    channels, height, _ = described.shape
+    support, queries = read(config, height, channels)
+    everything = [torch.arange(len(images.labels)) for images in (support, queries)]
+    x, q = (images.floats(index)[None].to(device) for images, index in zip((support, queries), everything, strict=True))
+    episode = Episode(x, support.labels[None].to(device), q, queries.labels[None].to(device), len(support.classes))
+    method = cast(Trained, load(folder, device))
+    return support, queries, method.predict(episode)[0].cpu(), str(model)
+
+
+def read(config: Config, size: int, channels: int) -> tuple[Images, Images]:
+    """Support and queries, of one shape."""
+    support = load_images(config.support, None, size, channels, config.skip_bad)
+    if len(support.classes) < 2:
+        raise UserError(f"{config.support}: holds one class, {support.classes[0]!r}; there is nothing to tell apart, add another")
+    return support, unlabelled(config.images, size, channels, config.skip_bad)
+
+
+@torch.no_grad()
+def classify(
+    method: Method,
+    support: Float[Tensor, "s width"],
+    labels: Int[Tensor, "s"],
+    queries: Float[Tensor, "n width"],
+    ways: int,
+    temperature: float = TEMPERATURE,
+) -> Float[Tensor, "n ways"]:
+    """Probabilities from features; see the module's description."""
+    mean = torch.zeros_like(support[0])
+    if method != "prototypes":  # the mean of class means: a class with many images does not draw it to itself
+        mean = torch.stack([support[labels == c].mean(0) for c in range(ways)]).mean(0)
+    z, q = normalised(support, mean)[None], normalised(queries, mean)[None]
+    episode = Episode(z, labels[None], q, labels.new_zeros(1, len(queries)), ways)
+    if method == "label-propagation":
+        return LabelPropagation(nn.Identity()).predict(episode)[0]
+    return (temperature * ProtoNet(nn.Identity()).logits(episode)).softmax(-1)[0]
+
+
+def _trained(model: Path) -> Path:
+    return model / TRAINED if (model / TRAINED).is_dir() else model
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device here")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
