@@ -285,7 +285,7 @@ def _scaled(mean: tuple[float, ...], std: tuple[float, ...], device: torch.devic
 def _kept(file: Path) -> dict[str, np.ndarray]:
     """Features by key; none from a file that is not there or was damaged: they are computed again."""
     try:
-        with np.load(file, allow_pickle=False) as arrays:
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
             return dict(zip(arrays["keys"].tolist(), arrays["features"], strict=True))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return {}

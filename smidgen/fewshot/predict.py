@@ -169,8 +169,7 @@ def by_model(config: Config, model: Path, device: torch.device) -> tuple[Images,
     described = describe(folder)
     channels, height, _ = described.shape
     support, queries = read(config, height, channels)
-    everything = [torch.arange(len(images.labels)) for images in (support, queries)]
-    x, q = (images.floats(index)[None].to(device) for images, index in zip((support, queries), everything, strict=True))
+    x, q = (images.floats(torch.arange(len(images.labels)))[None].to(device) for images in (support, queries))
     episode = Episode(x, support.labels[None].to(device), q, queries.labels[None].to(device), len(support.classes))
     method = cast(Trained, load(folder, device))
     return support, queries, method.predict(episode)[0].cpu(), str(model)
@@ -180,7 +179,7 @@ def read(config: Config, size: int, channels: int) -> tuple[Images, Images]:
     """Support and queries, of one shape."""
     support = load_images(config.support, None, size, channels, config.skip_bad)
     if len(support.classes) < 2:
-        raise UserError(f"{config.support}: holds one class, {support.classes[0]!r}; there is nothing to tell apart, add another")
+        raise UserError(f"{config.support}: holds one class, {' '.join(support.classes)!r}; there is nothing to tell apart, add another")
     return support, unlabelled(config.images, size, channels, config.skip_bad)
 
 
