@@ -69,7 +69,7 @@ class Backbone:
         known = {} if file is None else _kept(file)
         new = {key: i for i, key in enumerate(keys) if key not in known}  # an image that is there twice is computed once
         rows = torch.tensor(list(new.values()), dtype=torch.int64)
-        for part in rows.split(batch):
+        for part in rows.split(batch) if new else ():
             x = self._fitted(images.floats(part.to(images.pixels.device)).to(self.device))
             out = self.embed(x).flatten(1).float().cpu().numpy()
             if not np.isfinite(out).all():
