@@ -263,7 +263,7 @@ def _is_image(path: Path) -> bool:
 
 def _from_arrays(source: Path, split: str | None, size: int | None, channels: int | None) -> Images:
     try:
-        with np.load(source, allow_pickle=False) as file:
+        with source.open("rb") as opened, np.load(opened, allow_pickle=False) as file:  # numpy leaves a damaged file open
             arrays = {name: file[name] for name in file.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{source}: not a readable .npz file ({error})") from error

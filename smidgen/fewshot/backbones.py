@@ -69,7 +69,7 @@ class Backbone:
         known = {} if file is None else _kept(file)
         new = {key: i for i, key in enumerate(keys) if key not in known}  # an image that is there twice is computed once
         rows = torch.tensor(list(new.values()), dtype=torch.int64)
-        for part in rows.split(batch):
+        for part in rows.split(batch) if new else ():
             x = self._fitted(images.floats(part.to(images.pixels.device)).to(self.device))
             out = self.embed(x).flatten(1).float().cpu().numpy()
             if not np.isfinite(out).all():
@@ -285,7 +285,7 @@ def _scaled(mean: tuple[float, ...], std: tuple[float, ...], device: torch.devic
 def _kept(file: Path) -> dict[str, np.ndarray]:
     """Features by key; none from a file that is not there or was damaged: they are computed again."""
     try:
-        with np.load(file, allow_pickle=False) as arrays:
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
             return dict(zip(arrays["keys"].tolist(), arrays["features"], strict=True))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return {}

@@ -69,7 +69,7 @@ ALPHABETS = (
 
 
 @lru_cache
-def glyphs(split: Split = "train", copies: int = COPIES, seed: int = 0) -> Images:
+def glyphs(split: str = "train", copies: int = COPIES, seed: int = 0) -> Images:
     """The characters of a split; the same ones whatever was asked before."""
     if split not in ("train", "val", "test"):
         raise UserError(f"glyphs has no split {split!r}; it has train, val, test")

@@ -15,6 +15,11 @@ statistics), an image's class depends on the others given with it; prototypes an
     label-propagation   over simpleshot's z; images vote for each other along their likeness (notes 2.3)
 
 Squared distances of such z lie between 0 and 4, so that t = 1 would call nothing certain; t = 10 is a choice of ours.
+
+Label propagation has 5 neighbours instead of the paper's 20, and a sigma of 0.3 times the spread: with 20, half the nodes or more of a
+task of few photos are neighbours, and with a wide sigma all of them alike. Accuracy over EfficientNet-lite's centred features of
+flowers, 100 tasks, as this was chosen: 3-way 4-shot with 4 queries a class 0.93 (20 neighbours, sigma 0.5: 0.43; prototypes 0.93), with one
+0.94 (0.42; 0.95), 5-way with 10 queries a class, 1-shot 0.86 (0.40; 0.74), 5-shot 0.94 (0.65; 0.91).
 """
 
 import csv
@@ -34,7 +39,7 @@ from smidgen.errors import UserError
 from smidgen.fewshot.backbones import LITE, TRAINED, Scaling, normalised, open_backbone
 from smidgen.fewshot.episodes import Episode
 from smidgen.fewshot.methods import Method as Trained
-from smidgen.fewshot.methods.propagation import LabelPropagation
+from smidgen.fewshot.methods.propagation import LabelPropagation, Propagation, spread
 from smidgen.fewshot.methods.prototypes import ProtoNet
 from smidgen.fewshot.models import describe, load
 from smidgen.images import Images, unlabelled
@@ -45,6 +50,7 @@ Method = Literal["prototypes", "simpleshot", "label-propagation"]
 PREDICTIONS = "predictions.csv"
 FEATURES = "features"
 TEMPERATURE = 10.0
+SIGMA, NEIGHBOURS = 0.3, 5  # of label-propagation; sigma in units of the images' spread
 SIZE = 64  # side of images, for a backbone that reads any
 
 
@@ -169,8 +175,7 @@ def by_model(config: Config, model: Path, device: torch.device) -> tuple[Images,
     described = describe(folder)
     channels, height, _ = described.shape
     support, queries = read(config, height, channels)
-    everything = [torch.arange(len(images.labels)) for images in (support, queries)]
-    x, q = (images.floats(index)[None].to(device) for images, index in zip((support, queries), everything, strict=True))
+    x, q = (images.floats(torch.arange(len(images.labels)))[None].to(device) for images in (support, queries))
     episode = Episode(x, support.labels[None].to(device), q, queries.labels[None].to(device), len(support.classes))
     method = cast(Trained, load(folder, device))
     return support, queries, method.predict(episode)[0].cpu(), str(model)
@@ -180,7 +185,7 @@ def read(config: Config, size: int, channels: int) -> tuple[Images, Images]:
     """Support and queries, of one shape."""
     support = load_images(config.support, None, size, channels, config.skip_bad)
     if len(support.classes) < 2:
-        raise UserError(f"{config.support}: holds one class, {support.classes[0]!r}; there is nothing to tell apart, add another")
+        raise UserError(f"{config.support}: holds one class, {' '.join(support.classes)!r}; there is nothing to tell apart, add another")
     return support, unlabelled(config.images, size, channels, config.skip_bad)
 
 
@@ -200,7 +205,9 @@ def classify(
     z, q = normalised(support, mean)[None], normalised(queries, mean)[None]
     episode = Episode(z, labels[None], q, labels.new_zeros(1, len(queries)), ways)
     if method == "label-propagation":
-        return LabelPropagation(nn.Identity()).predict(episode)[0]
+        nodes = torch.cat([z, q], 1)
+        sigma = SIGMA * float(spread(nodes, torch.ones_like(nodes[..., 0], dtype=torch.bool)))
+        return LabelPropagation(nn.Identity(), sigma, Propagation(k=NEIGHBOURS)).predict(episode)[0]
     return (temperature * ProtoNet(nn.Identity()).logits(episode)).softmax(-1)[0]
 
 
