@@ -124,7 +124,7 @@ def test_frozen_features_and_padding(tmp_path, generator):
     x, y = torch.randn(2, 6, 16, generator=generator), torch.tensor([[0, 1, 2, 0, 1, 2], [0, 1, 2, 0, -1, -1]])
     flat = Episode(x, y, torch.randn(2, 9, 16, generator=generator), torch.zeros(2, 9, dtype=torch.long), 3)
     assert [len(feed["support_images"]) for feed in tasks(flat)] == [6, 4]
-    written = export(TPN(nn.Identity(), FlatGraph(16, 0.5)), tmp_path / "flat.onnx", [flat])
+    written = export(TPN(nn.Identity(), FlatGraph(16, 0.5), Propagation(alpha=0.5)), tmp_path / "flat.onnx", [flat])
     assert written.deviation < 1e-4
 
 
