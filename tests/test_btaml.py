@@ -543,7 +543,7 @@ def test_sampler_draws_the_any_shot_tasks_of_the_notes():
         assert not set(support) & set(query) and (np.bincount(labels) == 15).all()
 
 
-@pytest.mark.parametrize("make, steps, loss", list(zip(FACTORIES, (30, 30, 60), (0.85, 0.5, 0.9), strict=True)), ids=NAMES)
+@pytest.mark.parametrize("make, steps, loss", list(zip(FACTORIES, (30, 30, 80), (0.85, 0.5, 0.85), strict=True)), ids=NAMES)
 def test_learns_to_learn(make, steps, loss, tmp_path):
     """Meta-training lowers the query loss on classes never seen, and adaptation beats none by far (a zero head knows nothing: ln 3)."""
     images, unseen = striped().of(list(range(16))), striped().of(list(range(16, 24)))
@@ -562,7 +562,7 @@ def test_learns_to_learn(make, steps, loss, tmp_path):
         result = fit(method, lambda model, episode: model.loss(episode), train, config, run, evaluate=held)
     before, after = result.evaluation(0), result.evaluation(steps)
     assert after["held_out"] < loss < 0.95 < before["held_out"] < math.log(3)
-    assert after["accuracy"] > before["accuracy"] + 0.2
+    assert after["accuracy"] > before["accuracy"] + 0.15
 
 
 @pytest.mark.parametrize(
