@@ -52,6 +52,7 @@ TARGETS = ["mnist", "fashion_mnist", "flowers12", "sign_digits"]
 EPISODIC = ["protonet", "label-propagation", "tpn", "tpn@higher"]
 ANY_SHOT = ["protonet", "maml", "meta-sgd", "meta-sgd+balance=classes", "btaml"]
 BALANCES: tuple[Queries, ...] = ("balanced", "dirichlet")
+SIGMAS = (0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0)  # of label propagation over features of length 1, times the root of their number
 TEST = 1_000_003  # seed of test tasks: the same for every method and seed of training
 
 
@@ -228,7 +229,7 @@ def frozen(seed: int, options: argparse.Namespace) -> Iterator[dict]:
     """Heads over a network that was trained on ImageNet, whose classes include many of these; nothing here is trained."""
     from smidgen.fewshot.backbones import open_backbone
     from smidgen.fewshot.methods.propagation import LabelPropagation, Propagation
-    from smidgen.fewshot.methods.prototypes import ProtoNet
+    from smidgen.fewshot.methods.prototypes import ProtoNet, choose
     from smidgen.fewshot.methods.simpleshot import SimpleShot, unit
 
     if seed != options.seeds[0]:
@@ -236,18 +237,27 @@ def frozen(seed: int, options: argparse.Namespace) -> Iterator[dict]:
     started = time.monotonic()
     backbone = open_backbone("efficientnet-lite0", options.device)
     base = backbone.features(data(options, "cifar_fs", "train"), 64, options.cache).mean(0)
-    sets = [data(options, "cifar_fs", "test"), *(data(options, name) for name in ELSEWHERE)]
-    for images in sets:
-        features = backbone.features(images, 64, options.cache)
+
+    def centred(images: Images) -> Stored:
+        return Stored(unit(backbone.features(images, 64, options.cache) - base)).to(options.device)
+
+    validation = data(options, "cifar_fs", "val")
+    stored, sigmas = centred(validation), [scale * len(base) ** -0.5 for scale in SIGMAS]
+    chosen = {}
+    for shots in (1, 5):
+        sampler = Sampler(numbered(validation), 5, shots, options.queries, seed=1)
+        chosen[shots] = choose(lambda sigma: LabelPropagation(stored, sigma), sigmas, [sampler(i) for i in range(options.validation)])
+    for images in (data(options, "cifar_fs", "test"), *(data(options, name) for name in ELSEWHERE)):
+        plain, unit_features = Stored(backbone.features(images, 64, options.cache)), centred(images)
         seconds = time.monotonic() - started
-        heads = {
-            "prototypes": ProtoNet(Stored(features)),
-            "simpleshot": SimpleShot(Stored(features), base),
-            "label-propagation": LabelPropagation(Stored(unit(features - base))),
-            "label-propagation rebalanced": LabelPropagation(Stored(unit(features - base)), None, Propagation(balance=1.0)),
-        }
-        for name, head in heads.items():
-            for shots in (1, 5):
+        for shots in (1, 5):
+            heads = {
+                "prototypes": ProtoNet(plain),
+                "simpleshot": SimpleShot(plain, base),
+                "label-propagation": LabelPropagation(unit_features, chosen[shots]),
+                "label-propagation rebalanced": LabelPropagation(unit_features, chosen[shots], Propagation(balance=1.0)),
+            }
+            for name, head in heads.items():
                 for balance in BALANCES:
                     figures = measured(head.to(options.device), numbered(images), 5, shots, balance, options)
                     yield figures | {"method": name, "trained": "efficientnet-lite0", "steps": 0, "seconds": seconds}
