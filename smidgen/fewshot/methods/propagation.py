@@ -16,8 +16,8 @@ S lies in [-1, 1]), hence the Cholesky solve.
 Worked by hand: two nodes alike, the first labelled class 0, k = 2. W = [[1 1] [1 1]], S = 1/2 W, and with alpha = 0.5
 F* = [[0.75 0.25] [0.25 0.75]]^-1 [1 0]^T = [1.5 0.5]^T.
 
-sigma matters more than anything else here. Where it is too wide all nodes are joined, F*_in is about the degree of class n's support node
-for every i, and one class takes all queries: 5 Gaussian classes, 1 shot, 16 features (tests): 0.82 correct with a fifth of the `spread`,
+sigma matters more than anything else here. Where it is too wide all nodes are joined, F*_in hangs on the degree of class n's support
+node for every i, and one class takes all queries: 5 Gaussian classes, 1 shot, 16 features: 0.82 correct with a fifth of the `spread`,
 0.36 with half of it, 0.71 with prototypes. Choose it on validation tasks of the size of those to come.
 
 Padding has no edges. Balanced queries flatter heads like this (notes 5.4): see `rebalanced`, our correction, off by default.
@@ -91,8 +91,10 @@ def rebalanced(f: Float[Tensor, "tasks n ways"], asked: Bool[Tensor, "tasks n"],
 
     and G pi^strength, brought back to the size of F, are the scores. Strength 0 is plain propagation. The estimate is only as good as the
     votes: take a strength from validation tasks with shares like those to come (prototypes.choose), 0 among the candidates. Gradients pass
-    the scores, not the shares. In our tests, with few neighbours and a moderate alpha, it wins back more than half of what Dirichlet queries
-    cost with 5 shots and a third with 1; with k = 20 and alpha = 0.99 they cost a point at most, and there is little to win. A query without a path from the support keeps zero scores and no vote.
+    the scores, not the shares. A query without a path from the support keeps zero scores and no vote.
+
+    In our tests, with few neighbours and a moderate alpha, it wins back more than half of what Dirichlet queries cost with 5 shots and a
+    third with 1. With k = 20, alpha = 0.99 and a good sigma they cost about a point, and there is little to win.
     """
     ways = f.shape[-1]
     mass = f.sum(1, keepdim=True)  # (tasks, 1, ways)
