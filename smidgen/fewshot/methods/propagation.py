@@ -17,7 +17,7 @@ Worked by hand: two nodes alike, the first labelled class 0, k = 2. W = [[1 1] [
 F* = [[0.75 0.25] [0.25 0.75]]^-1 [1 0]^T = [1.5 0.5]^T.
 
 sigma matters more than anything else here. Where it is too wide all nodes are joined, F*_in hangs on the degree of class n's support
-node for every i, and one class takes all queries: 5 Gaussian classes, 1 shot, 16 features (tests): 0.82 correct with a fifth of the `spread`,
+node for every i, and one class takes all queries: 5 Gaussian classes, 1 shot, 16 features: 0.82 correct with a fifth of the `spread`,
 0.36 with half of it, 0.71 with prototypes. Choose it on validation tasks of the size of those to come.
 
 Padding has no edges. Balanced queries flatter heads like this (notes 5.4): see `rebalanced`, our correction, off by default.
