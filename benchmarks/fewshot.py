@@ -154,8 +154,8 @@ def any_shot(seed: int, options: argparse.Namespace) -> Iterator[dict]:
 def mxml(seed: int, options: argparse.Namespace) -> Iterator[dict]:
     """Members, one learner on all sets, the members' mean, and mixtures, which are trained on classes that no member has seen."""
     from smidgen.fewshot.methods import mxml as m
-    from smidgen.fewshot.networks import Conv4
     from smidgen.fewshot.sets import SetsSampler
+    from smidgen.networks import Conv4
 
     ways, shots, names = 10, 5, ("omniglot", "cifar_fs")
     splits = {"omniglot": "vinyals:", "cifar_fs": ""}
@@ -227,7 +227,7 @@ def numbered(images: Images) -> Images:
 
 def frozen(seed: int, options: argparse.Namespace) -> Iterator[dict]:
     """Heads over a network that was trained on ImageNet, whose classes include many of these; nothing here is trained."""
-    from smidgen.fewshot.backbones import open_backbone
+    from smidgen.backbones import open_backbone
     from smidgen.fewshot.methods.propagation import LabelPropagation, Propagation
     from smidgen.fewshot.methods.prototypes import ProtoNet, choose
     from smidgen.fewshot.methods.simpleshot import SimpleShot, unit

@@ -23,7 +23,7 @@ from smidgen.fewshot.methods.propagation import (  # noqa: E402
 from smidgen.fewshot.methods.prototypes import ProtoNet  # noqa: E402
 from smidgen.fewshot.methods.simpleshot import SimpleShot  # noqa: E402
 from smidgen.fewshot.methods.tpn import TPN, ConvGraph, FlatGraph  # noqa: E402
-from smidgen.fewshot.networks import Conv4  # noqa: E402
+from smidgen.networks import Conv4  # noqa: E402
 
 WIDTH = 8
 

@@ -15,13 +15,12 @@ from onnx import TensorProto, helper
 from PIL import Image
 from safetensors.torch import save_file
 
-from smidgen import cli
+from smidgen import backbones, cli
+from smidgen.backbones import Backbone, normalised, open_backbone
 from smidgen.errors import UserError
-from smidgen.fewshot import backbones
-from smidgen.fewshot.backbones import Backbone, normalised, open_backbone
-from smidgen.fewshot.networks import Conv4
 from smidgen.fewshot.predict import classify
 from smidgen.images import Images
+from smidgen.networks import Conv4
 
 COLOURS = {"blue": (20, 40, 200), "red": (210, 20, 30)}
 

@@ -25,10 +25,10 @@ from smidgen.fewshot.methods.mxml import (
     train_weights,
 )
 from smidgen.fewshot.methods.prototypes import cross_entropy
-from smidgen.fewshot.networks import Conv4
 from smidgen.fewshot.sets import SetsSampler, held_out, joined
 from smidgen.fit import FitConfig
 from smidgen.images import Images
+from smidgen.networks import Conv4
 from smidgen.run import Run
 
 NORMALISE = ["none", "softmax", "sum"]

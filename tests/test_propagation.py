@@ -22,7 +22,7 @@ from smidgen.fewshot.methods.propagation import (
 )  # fmt: skip
 from smidgen.fewshot.methods.prototypes import ProtoNet, choose, cross_entropy, embedded, nearest_mean, one_hot
 from smidgen.fewshot.methods.simpleshot import SimpleShot, base_mean
-from smidgen.fewshot.networks import Conv4
+from smidgen.networks import Conv4
 
 POINTS = [0, 1, 2.5, 4.3, 5, 6.2]
 SPARSE = [

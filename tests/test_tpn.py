@@ -11,7 +11,7 @@ from smidgen.fewshot.episodes import Episode, accuracy
 from smidgen.fewshot.methods.propagation import LabelPropagation, Propagation, nodes, spread
 from smidgen.fewshot.methods.prototypes import cross_entropy
 from smidgen.fewshot.methods.tpn import FLOOR, TPN, ConvGraph, FlatGraph, graph_for
-from smidgen.fewshot.networks import Conv4
+from smidgen.networks import Conv4
 
 
 def images(generator, tasks=2, size=28, shots=1, queries=3, ways=3):

@@ -21,8 +21,8 @@ from torch import nn
 from smidgen.errors import UserError
 from smidgen.fewshot.data import Shape
 from smidgen.fewshot.episodes import Shots
-from smidgen.fewshot.networks import Conv4, Norm
 from smidgen.images import Images
+from smidgen.networks import Conv4, Norm
 
 TRAINED = "trained"  # folder of a run of `smidgen fewshot train`
 DESCRIPTION, TENSORS = "method.json", "method.safetensors"

@@ -35,8 +35,8 @@ from cyclopts import Parameter
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from smidgen.backbones import LITE, TRAINED, Scaling, normalised, open_backbone
 from smidgen.errors import UserError
-from smidgen.fewshot.backbones import LITE, TRAINED, Scaling, normalised, open_backbone
 from smidgen.fewshot.episodes import Episode
 from smidgen.fewshot.methods import Method as Trained
 from smidgen.fewshot.methods.propagation import LabelPropagation, Propagation, spread

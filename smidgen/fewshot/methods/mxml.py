@@ -34,8 +34,8 @@ from torch.nn import functional as F
 from smidgen.errors import UserError
 from smidgen.fewshot.episodes import Episode, accuracy
 from smidgen.fewshot.methods.prototypes import cross_entropy, full_precision, one_hot, real_nodes
-from smidgen.fewshot.networks import Conv4
 from smidgen.fit import FitConfig, FitResult, fit
+from smidgen.networks import Conv4
 from smidgen.run import Run
 
 SCALE = 10.0  # length of a member's features

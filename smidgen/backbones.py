@@ -29,8 +29,8 @@ from jaxtyping import Float, Float32, Shaped
 from torch import Tensor, nn
 
 from smidgen.errors import UserError
-from smidgen.fewshot.networks import Conv4
 from smidgen.images import Images
+from smidgen.networks import Conv4
 
 LITE = "efficientnet-lite0"
 PIXELS = "pixels"
