@@ -121,6 +121,7 @@ def btaml(
     omega: bool = True,
     gamma: bool = True,
     z: bool = True,
+    bayesian: bool = True,
     direct_omega: bool = False,
     rate: float = 0.01,
     samples: int = 10,
@@ -136,7 +137,7 @@ def btaml(
     from smidgen.fewshot.methods.inner import Inner
 
     inner = Inner(width, steps, test_steps, clip, faithful_padding)
-    return BTAML(shape, BTAMLConfig(omega, gamma, z, direct_omega, rate, samples, seed, inner))
+    return BTAML(shape, BTAMLConfig(omega, gamma, z, bayesian, direct_omega, rate, samples, seed, inner))
 
 
 def normalised_protonet(shape: Shape, ways: int, *, width: int = 64, norm: Norm = "inductive") -> nn.Module:
