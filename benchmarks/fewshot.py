@@ -72,7 +72,7 @@ FILES = {
 }  # fmt: skip
 ELSEWHERE = ["gtsrb", "flowers12", "sign_digits", "fashion_mnist"]
 TARGETS = ["sign_digits", "mnist", "fashion_mnist"]
-EPISODIC = ["protonet", "tpn", "tpn@higher"]
+EPISODIC = ["protonet", "tpn", "tpn@higher", "tpn+guard=true+prototypes=1.0", "tpn+guard=true+prototypes=1.0@higher"]
 ANY_SHOT = [
     "protonet", "maml", "meta-sgd", "meta-sgd+balance=classes", "btaml", "btaml+bayesian=false", "btaml+gamma=false+z=false",
     "btaml+omega=false+z=false", "btaml+omega=false+gamma=false",
@@ -146,7 +146,7 @@ def fitted(model: nn.Module, sampler: Tasks, validation: Tasks, config: FitConfi
     config = replace(config, clip=None, precision="float32", keep_best=True)
     started = time.monotonic()
     with scratch(config) as run:
-        result = train(model, sampler, config, run, validation, options.validation, **groups)
+        result = train(model, sampler, config, run, validation, options.validation, graphs=options.graphs, **groups)
     augment = " ".join(sampler.augment)
     return Trained(model.eval(), config.steps, result.kept, sampler.tasks, time.monotonic() - started, augment)
 
@@ -460,6 +460,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text}; {default}")
     parser.add_argument("--weight-decay", type=float, default=0.0)
     parser.add_argument("--augment", nargs="*", choices=KINDS, help="of training images; by default crop flip colour for cifar-fs alone")
+    parser.add_argument("--graphs", action="store_true", help="train omniglot, cifar-fs and the TPN head by CUDA graphs")
     parser.add_argument("--cache", type=Path, help="folder that keeps features of frozen backbones")
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     options = parser.parse_args(given)

@@ -225,8 +225,9 @@ class _Fit:
                     value = loss(self.wrapped, _moved(batches(i), self.device)) / config.accumulation
                 accelerator.backward(value)
             total += value.detach().float()
-        mean, stop = accelerator.reduce(torch.stack([total, total.new_tensor(float(interrupted.is_set()))]), "mean").tolist()
-        norm = float(accelerator.clip_grad_norm_(self.parameters, math.inf if config.clip is None else config.clip))
+        norm = accelerator.clip_grad_norm_(self.parameters, math.inf if config.clip is None else config.clip)
+        told = torch.stack([total, total.new_tensor(float(interrupted.is_set())), norm.float()])  # at once: each answer is a wait
+        mean, stop, norm = accelerator.reduce(told, "mean").tolist()
         rate = config.learning_rate * config.factor(step)
         for name, figure in (("loss", mean), ("gradient's norm", norm)):
             if not math.isfinite(figure):

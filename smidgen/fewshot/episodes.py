@@ -25,7 +25,7 @@ from typing import Generic, Literal, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from smidgen.errors import UserError
@@ -58,8 +58,8 @@ class Episode:
 
     @cached_property
     def full(self) -> bool:
-        """Whether nothing is padding; asked once, since a GPU has to be waited for."""
-        return bool(((self.support_y >= 0).all() & (self.query_y >= 0).all()).item())
+        """Whether nothing is padding; asked once."""
+        return full(torch.cat([self.support_y, self.query_y], 1) >= 0)
 
     def with_features(self, support: Tensor, query: Tensor) -> "Episode":
         """The same tasks with embeddings, (tasks, n, width), in the place of images."""
@@ -148,18 +148,20 @@ class Sampler(Tasks[Images]):
         return [[m[groups[m] == g] for g in np.unique(groups[m])] for m in members]
 
     @cached_property
-    def usable(self) -> list[int]:
+    def usable(self) -> np.ndarray:
         """Classes with one image to learn from, or all the shots asked for, and the queries besides; and with groups for both."""
         least = self.queries + (self.shots if isinstance(self.shots, int) else 1)
         grouped = self.images.groups is not None
-        return [c for c, parts in enumerate(self.members) if sum(map(len, parts)) >= least and (len(parts) > 1 or not grouped)]
+        fits = [c for c, parts in enumerate(self.members) if sum(map(len, parts)) >= least and (len(parts) > 1 or not grouped)]
+        return np.array(fits, np.int64)
 
     def __call__(self, i: int) -> Episode:
         """Batch number i."""
         random = np.random.default_rng([self.seed, i])
         tasks = [self._task(random) for _ in range(self.tasks)]
         parts = [_padded([task[part] for task in tasks]) for part in range(5)]
-        support, support_y, query, query_y, classes = (torch.from_numpy(part).to(self.device) for part in parts)
+        moved = torch.from_numpy(np.concatenate(parts, 1)).to(self.device)  # one transfer instead of five
+        support, support_y, query, query_y, classes = moved.split([part.shape[1] for part in parts], 1)
         x = self.images.floats(torch.cat([support, query], 1))
         if self.augment:
             x = augmented(x, self.augment, np.random.default_rng([self.seed, i, VARIATION]))
@@ -200,6 +202,16 @@ class Sampler(Tasks[Images]):
         if self.balance == "balanced":
             return np.full(self.ways, self.queries)
         return random.multinomial(self.ways * self.queries, random.dirichlet(np.full(self.ways, DIRICHLET)))
+
+
+def full(real: Bool[Tensor, "tasks n"]) -> bool:
+    """Whether nothing is padding. CUDA graphs are made of such tasks alone, and cannot wait for the answer."""
+    return capturing(real) or bool(real.all())
+
+
+def capturing(x: Tensor) -> bool:
+    """Whether a CUDA graph is being made, in which the processor may wait for nothing."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _padded(rows: list[np.ndarray]) -> np.ndarray:

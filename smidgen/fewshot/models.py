@@ -69,12 +69,13 @@ def tpn(
     alpha: float = 0.99,
     balance: float = 0.0,
     guard: bool = False,
+    prototypes: float = 0.0,
 ) -> nn.Module:
     """Transductive propagation network over Conv-4."""
     from smidgen.fewshot.methods.propagation import Propagation
     from smidgen.fewshot.methods.tpn import TPN, graph_for
 
-    return TPN(conv4(shape, width, norm), graph_for(maps(shape, width)), Propagation(k, alpha, balance), guard)
+    return TPN(conv4(shape, width, norm), graph_for(maps(shape, width)), Propagation(k, alpha, balance), guard, prototypes)
 
 
 def maml(
