@@ -13,7 +13,7 @@ from torch import nn
 from smidgen.errors import UserError
 from smidgen.fewshot.episodes import Episode, Sampler, accuracy
 from smidgen.fewshot.evaluate import norm_mode
-from smidgen.fewshot.methods import Shows, btaml, inner
+from smidgen.fewshot.methods import Shows, btaml
 from smidgen.fewshot.methods.btaml import BTAML, BTAMLConfig, divergence, modulated, sample
 from smidgen.fewshot.methods.inner import BLOCKS, EPSILON, Classifier, Inner, clipped, even, inverse_size, query_loss
 from smidgen.fewshot.methods.maml import MAML, MAMLConfig, MetaSGD, MetaSGDConfig
