@@ -22,7 +22,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -37,23 +37,29 @@ from smidgen.run import PARTIAL, Run
 
 CHECKPOINT = "checkpoint.pt"
 ROWS = 500  # losses logged in a run, about
+EVALUATIONS = 20  # of a training, where their interval is not given
 
 Loss = Callable[[nn.Module, Any], Tensor]
 Batches = Callable[[int], Any]
 Evaluate = Callable[[nn.Module], dict[str, Any]]
 State = dict[str, Tensor]
+Schedule = Literal["cosine", "constant", "steps"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FitConfig:
-    """How to train."""
+    """How to train; a command that trains may have these options by inheriting them."""
 
     steps: int = 1000
     "Updates of the parameters."
     learning_rate: float = 5e-5
     "Of AdamW, for groups that name none."
-    schedule: Literal["cosine", "constant"] = "cosine"
-    "Of the learning rates after the warm-up; cosine ends at 0."
+    schedule: Schedule = "cosine"
+    "Of the learning rates after the warm-up; cosine ends at 0, steps falls as the next two say."
+    decay: float = 0.5
+    "Of schedule steps: what the learning rates are multiplied by, again and again."
+    decay_every: int = 10_000
+    "Of schedule steps: updates in between; 7 of 10 steps and a decay of 0.1 make the usual single drop."
     warmup: int = 0
     "Updates over which the learning rates grow from 0."
     weight_decay: float = 0.0
@@ -64,10 +70,12 @@ class FitConfig:
     "Micro-batches per update and process."
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     "Of matrix products; auto: bfloat16 where the device has it natively. Parameters stay as they are."
-    evaluate_every: int = 100
-    "Updates between evaluations; there is one before the first and one after the last."
+    evaluate_every: int | None = None
+    "Updates between evaluations; none: twenty in all. There is one before the first update and one after the last."
     patience: int | None = None
-    "Evaluations without a lower held-out loss before training stops; the best state is restored. None: the last state stays."
+    "Evaluations without a lower held-out loss before training stops; the best state is restored. None: train to the end."
+    keep_best: bool = False
+    "Restore the best state after training to the end, too."
     checkpoint_every: int | None = None
     "Updates between checkpoints; none: only when interrupted."
     seed: int = 0
@@ -77,19 +85,31 @@ class FitConfig:
 
     def check(self, evaluates: bool) -> None:
         """Refuses what cannot work."""
-        positive = {"steps": self.steps, "accumulation": self.accumulation, "evaluate-every": self.evaluate_every}
+        positive = {"steps": self.steps, "accumulation": self.accumulation, "evaluate-every": self.interval}
+        positive |= {"decay": self.decay, "decay-every": self.decay_every}
         optional = {"patience": self.patience, "checkpoint-every": self.checkpoint_every, "clip": self.clip}
         for name, value in (positive | {n: v for n, v in optional.items() if v is not None}).items():
             if value <= 0:
                 raise UserError(f"--{name} must be positive, got {value}")
+        if self.schedule != "steps" and (self.decay, self.decay_every) != (FitConfig.decay, FitConfig.decay_every):
+            raise UserError(f"--decay and --decay-every are of --schedule steps, not of {self.schedule}")
         if not 0 <= self.warmup <= self.steps:
             raise UserError(f"--warmup must be between 0 and the {self.steps} steps, got {self.warmup}")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise UserError(f"--learning-rate must be positive, got {self.learning_rate}")
         if not 0 <= self.seed < 2**31:
             raise UserError(f"--seed must be between 0 and 2147483647, got {self.seed}")
-        if self.patience is not None and not evaluates:
-            raise UserError("--patience needs held-out data to measure; give some, or leave it out")
+        if (self.patience is not None or self.keep_best) and not evaluates:
+            raise UserError("--patience and --keep-best need held-out data to measure; give some, or leave them out")
+
+    @property
+    def interval(self) -> int:
+        """Updates between evaluations."""
+        return max(1, self.steps // EVALUATIONS) if self.evaluate_every is None else self.evaluate_every
+
+    def alone(self) -> "FitConfig":
+        """These options without those that a command has besides."""
+        return FitConfig(**{field.name: vars(self)[field.name] for field in fields(FitConfig)})
 
     def factor(self, step: int) -> float:
         """Of the learning rates at update `step` = 0, 1, ...: 1 at the end of the warm-up."""
@@ -97,6 +117,8 @@ class FitConfig:
             return (step + 1) / self.warmup
         if self.schedule == "constant":
             return 1.0
+        if self.schedule == "steps":
+            return self.decay ** ((step - self.warmup) // self.decay_every)
         return (1 + math.cos(math.pi * (step - self.warmup) / (self.steps - self.warmup))) / 2
 
     def course(self) -> dict[str, Any]:
@@ -151,7 +173,7 @@ class _Fit:
 
     def __init__(self, model: nn.Module, groups: list[dict[str, Any]], config: FitConfig, run: Run, device: torch.device) -> None:
         self.model, self.config, self.run, self.device = model, config, run, device
-        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=device.type == "cuda")
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -174,7 +196,7 @@ class _Fit:
                 break
             stop = self.update(step, loss, batches, interrupted)
             result.step = step + 1
-            if evaluate is not None and (result.step % config.evaluate_every == 0 or result.step == config.steps):
+            if evaluate is not None and (result.step % config.interval == 0 or result.step == config.steps):
                 self.evaluate(evaluate)
             if stop or (config.checkpoint_every is not None and result.step % config.checkpoint_every == 0):
                 self.save()
@@ -183,7 +205,7 @@ class _Fit:
                     f"interrupted after {result.step} of {config.steps} steps; repeat the command with --resume {self.run.folder} to go on"
                 )
         result.kept = result.step
-        if config.patience is not None:
+        if config.patience is not None or config.keep_best:
             _load(self.state(), self.best["state"])
             result.kept = self.best["step"]
         return result
@@ -203,8 +225,9 @@ class _Fit:
                     value = loss(self.wrapped, _moved(batches(i), self.device)) / config.accumulation
                 accelerator.backward(value)
             total += value.detach().float()
-        mean, stop = accelerator.reduce(torch.stack([total, total.new_tensor(float(interrupted.is_set()))]), "mean").tolist()
-        norm = float(accelerator.clip_grad_norm_(self.parameters, math.inf if config.clip is None else config.clip))
+        norm = accelerator.clip_grad_norm_(self.parameters, math.inf if config.clip is None else config.clip)
+        told = torch.stack([total, total.new_tensor(float(interrupted.is_set())), norm.float()])  # at once: each answer is a wait
+        mean, stop, norm = accelerator.reduce(told, "mean").tolist()
         rate = config.learning_rate * config.factor(step)
         for name, figure in (("loss", mean), ("gradient's norm", norm)):
             if not math.isfinite(figure):
@@ -229,14 +252,15 @@ class _Fit:
         for m, training in modes.items():
             m.training = training
         self.log(step=self.result.step, **figures)
-        if self.config.patience is None:
+        if self.config.patience is None and not self.config.keep_best:
             return
         if figures["held_out"] < self.best["held_out"]:
             state = {name: t.detach().cpu().clone() for name, t in self.state().items()}
             self.best = {"held_out": figures["held_out"], "step": self.result.step, "stale": 0, "state": state}
         else:
             self.best["stale"] += 1
-            self.result.stopped = "patience" if self.best["stale"] >= self.config.patience else "steps"
+            patience = self.config.patience
+            self.result.stopped = "patience" if patience is not None and self.best["stale"] >= patience else "steps"
 
     def log(self, **row: Any) -> None:
         """A row of the run, kept for checkpoints: who resumes starts an empty file."""
@@ -273,8 +297,8 @@ class _Fit:
         except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
             raise UserError(f"--resume: {path} is not a checkpoint, or damaged") from error
         for name, value in self.config.course().items():
-            if course[name] != value:
-                raise UserError(f"--resume: {path} is of a run with {name} {course[name]}, not {value}; repeat its options")
+            if course.get(name) != value:
+                raise UserError(f"--resume: {path} is of a run with {name} {course.get(name)}, not {value}; repeat its options")
         shapes = {name: t.shape for name, t in self.state().items()}
         if {name: t.shape for name, t in state.items()} != shapes:
             raise UserError(f"--resume: {path} is of another model or other trained parameters; repeat its options")

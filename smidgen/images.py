@@ -4,7 +4,8 @@
     photos/train/cat/1.jpg ...                 the same, a folder per split, chosen by `split`
     list.csv                                   columns path,label and perhaps split; paths are relative to the file
     set.npz                                    images uint8 (n, height, width) or (n, height, width, 3), labels int (n,), class_names,
-                                               and perhaps class_split* (a number per class) or split* (per image)
+                                               and perhaps class_split* (a number per class) or split* (per image),
+                                               and track (a number per image), the same for frames of one film
 
 Numbers of a split array are named by the text array `<its name>_names`, else train, val, test (0, 1, 2). Where a file has several split
 arrays, `vinyals:train` is `train` of class_split_vinyals.
@@ -50,6 +51,8 @@ class Images:
     "Where every image came from; none where they came from one file."
     skipped: tuple[str, ...] = field(default=(), repr=False)
     "Files that could not be read."
+    groups: Int[Tensor, "n"] | None = field(default=None, repr=False)
+    "A number per image, the same for images that belong together (frames of one film), or nothing."
 
     def __post_init__(self) -> None:
         if not self.members:
@@ -59,15 +62,16 @@ class Images:
 
     def to(self, device: torch.device) -> "Images":
         """On another device."""
-        return replace(self, pixels=self.pixels.to(device), labels=self.labels.to(device), members=())
+        groups = None if self.groups is None else self.groups.to(device)
+        return replace(self, pixels=self.pixels.to(device), labels=self.labels.to(device), members=(), groups=groups)
 
     def of(self, classes: list[int]) -> "Images":
         """Some classes alone, relabelled in this order."""
         index = torch.cat([self.members[c] for c in classes])
         labels = torch.repeat_interleave(torch.arange(len(classes)), torch.tensor([len(self.members[c]) for c in classes]))
         paths = tuple(self.paths[i] for i in index.tolist()) if self.paths else ()
-        names = tuple(self.classes[c] for c in classes)
-        return Images(self.name, self.pixels[index], labels.to(index.device), names, paths=paths, skipped=self.skipped)
+        names, groups = tuple(self.classes[c] for c in classes), None if self.groups is None else self.groups[index]
+        return Images(self.name, self.pixels[index], labels.to(index.device), names, paths=paths, skipped=self.skipped, groups=groups)
 
     def floats(self, index: Int[Tensor, "*n"]) -> Float[Tensor, "*n channels height width"]:
         """Images as networks read them, in [0, 1]; of a negative index zeros."""
@@ -272,6 +276,7 @@ def _from_arrays(source: Path, split: str | None, size: int | None, channels: in
         raise UserError(f"{source}: holds no array {' and no array '.join(sorted(missing))}; it has {_some(sorted(arrays))}")
     pixels, labels, names = arrays["images"], arrays["labels"], [str(n) for n in arrays["class_names"].ravel()]
     _check_arrays(source, pixels, labels, len(names))
+    groups = _grouping(source, arrays, len(labels))
     _distinct(str(source), names)
     if split is not None:
         array, number = _split(source, arrays, split, len(names), len(labels))
@@ -279,12 +284,28 @@ def _from_arrays(source: Path, split: str | None, size: int | None, channels: in
         rows = np.flatnonzero(chosen[labels] if len(chosen) == len(names) else chosen)
         classes = np.flatnonzero(chosen) if len(chosen) == len(names) else np.unique(labels[rows])
         pixels, labels, names = pixels[rows], np.searchsorted(classes, labels[rows]), [names[c] for c in classes]
+        groups = None if groups is None else groups[rows]
     pixels = pixels[..., None] if pixels.ndim == 3 else pixels
     pixels = _recoloured(pixels, pixels.shape[-1] if channels is None else channels)
     if size is not None and pixels.shape[1:3] != (size, size):
         pixels = np.stack([_rescaled(image, size) for image in pixels])
     label = f"{source}:{split}" if split else str(source)
-    return Images(label, torch.from_numpy(np.ascontiguousarray(pixels)), torch.from_numpy(labels.astype(np.int64)), tuple(names))
+    return Images(
+        label,
+        torch.from_numpy(np.ascontiguousarray(pixels)),
+        torch.from_numpy(labels.astype(np.int64)),
+        tuple(names),
+        groups=None if groups is None else torch.from_numpy(groups),
+    )
+
+
+def _grouping(source: Path, arrays: dict[str, np.ndarray], images: int) -> np.ndarray | None:
+    """The array track, if there is one."""
+    if "track" not in arrays:
+        return None
+    if arrays["track"].shape != (images,) or arrays["track"].dtype.kind not in "iu":
+        raise UserError(f"{source}: array track must be {images} integers, one per image")
+    return arrays["track"].astype(np.int64)
 
 
 def _check_arrays(source: Path, pixels: np.ndarray, labels: np.ndarray, classes: int) -> None:

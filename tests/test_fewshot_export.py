@@ -11,12 +11,14 @@ ort = pytest.importorskip("onnxruntime")
 
 from smidgen.errors import UserError  # noqa: E402 (after the skips)
 from smidgen.fewshot.episodes import Episode  # noqa: E402
-from smidgen.fewshot.export import INPUTS, OUTPUT, Predictor, doubling, doublings, export, tasks  # noqa: E402
+from smidgen.fewshot.export import INPUTS, OUTPUT, Predictor, export, tasks  # noqa: E402
 from smidgen.fewshot.methods.propagation import (  # noqa: E402
     LabelPropagation,
     Propagation,
     affinity,
     cholesky,
+    doubling,
+    doublings,
     normalized,
     sparse,
 )

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from smidgen.errors import UserError
 from smidgen.fewshot.data import load_images, shape_of
-from smidgen.fewshot.episodes import Episode, Queries, Sampler, Shots, accuracy
+from smidgen.fewshot.episodes import Episode, Queries, Sampler, Shots, Tasks, accuracy
 from smidgen.fewshot.methods import Shows, Validates
 from smidgen.fewshot.models import describe, load, trained_folder
 from smidgen.fit import is_first_process, own_device, process_run
@@ -183,19 +183,19 @@ def main(config: Config, run: Run) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def evaluated(method: nn.Module, sampler: Sampler, episodes: int, run: Run | None = None, *, validation: bool = False) -> Result:
+def evaluated(method: nn.Module, sampler: Tasks, episodes: int, run: Run | None = None, *, validation: bool = False) -> Result:
     """A method on the first episodes of a sampler, in evaluation mode; shared by all processes, which all get the whole result.
 
     With `validation` methods that have a cheaper answer for it (`Validates`) give that one, and insides are left out.
 
     Methods that draw random numbers find torch's generator seeded by the number of the batch.
     """
-    rank, processes = _process(sampler.images.pixels.device)
+    rank, processes = _process(sampler.device)
     batches = -(-episodes // sampler.tasks)
     mine = range(rank, batches, processes)
     numbers = mine if run is None else run.track(mine, "episodes", max(1, len(mine)))
-    classes = len(sampler.images.classes)
-    confusion, by_shots = np.zeros((classes, classes), np.int64), np.zeros((2, _most(sampler) + 1), np.int64)
+    classes = len(sampler.classes)
+    confusion, by_shots = np.zeros((classes, classes), np.int64), np.zeros((2, sampler.most + 1), np.int64)
     accuracies: dict[int, list[float]] = {}
     insides: dict[int, list[dict[str, Any]]] = {}
     modes = {m: m.training for m in method.modules()}
@@ -251,13 +251,6 @@ def transductive(method: nn.Module, episode: Episode) -> bool:
     alone = replace(episode, query_x=episode.query_x[:, :1], query_y=episode.query_y[:, :1])
     together, alone = predicted(method, episode)[:, :1], predicted(method, alone)
     return not torch.allclose(together, alone, rtol=0, atol=1e-3)
-
-
-def _most(sampler: Sampler) -> int:
-    """The largest number of shots it draws."""
-    from smidgen.fewshot.episodes import MOST
-
-    return sampler.shots if isinstance(sampler.shots, int) else MOST
 
 
 def _count(probabilities: Tensor, episode: Episode, confusion: np.ndarray, by_shots: np.ndarray) -> None:
@@ -319,7 +312,7 @@ def confused(confusion: Int[np.ndarray, "classes classes"], names: tuple[str, ..
     return {"classes": [names[c] for c in chosen], "counts": part.tolist(), "queries": confusion[chosen].sum(1).tolist(), "of": len(names)}
 
 
-def examples(method: nn.Module, sampler: Sampler, count: int) -> list[dict[str, Any]]:
+def examples(method: nn.Module, sampler: Tasks, count: int) -> list[dict[str, Any]]:
     """The first tasks, with some of their images as PNG data URIs, what was said of them, and the method's insides."""
     shown = []
     for i in range(count):
@@ -327,7 +320,7 @@ def examples(method: nn.Module, sampler: Sampler, count: int) -> list[dict[str, 
         with torch.no_grad():
             probabilities = predicted(method, episode, sampler.seed, i)
         assert episode.classes is not None, "samplers tell the classes"
-        names = [sampler.images.classes[c] for c in episode.classes[0].tolist()]
+        names = [sampler.classes[c] for c in episode.classes[0].tolist()]
         insides = _insides(method, episode, sampler.seed, i) if isinstance(method, Shows) else {}
         rows = []
         for way, name in enumerate(names):

@@ -8,20 +8,13 @@
 `support`, `queries` and `ways` are free. Of the methods whose prediction is a backbone and a head in closed form: ProtoNet, SimpleShot,
 LabelPropagation, TPN.
 
-ONNX has no operator that solves linear systems, so (I - alpha S) F = Y becomes products of matrices, "Neumann doubling":
-
-    (I - A)^-1 Y = (I + A^(2^(K-1))) ... (I + A^4) (I + A^2) (I + A) Y + remainder             A = alpha S
-
-The product is sum_{j < 2^K} A^j Y, and the remainder A^(2^K) (I - A)^-1 Y is at most alpha^(2^K) of the solution in the Euclidean norm, S
-being symmetric with its spectrum in [-1, 1]. K is the least that makes it 1e-8: 11 for alpha = 0.99. Conjugate gradients would need 120
-steps of ten small operators each for the same. What single precision loses besides, a step of iterative refinement wins back.
+ONNX has no operator that solves linear systems, so (I - alpha S) F = Y becomes products of matrices (propagation.doubling).
 
 Eight bits: ONNX Runtime's static quantization (QDQ) of the backbone's convolutions and matrix products, weights per channel, ranges from
 calibration tasks. The graph module of TPN and the heads stay float: a rounding error of sigma moves whole rows of the graph.
 """
 
 import copy
-import math
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -36,20 +29,17 @@ from torch import Tensor, nn
 
 from smidgen.errors import UserError
 from smidgen.fewshot.episodes import Episode
-from smidgen.fewshot.methods.propagation import LabelPropagation
+from smidgen.fewshot.methods.propagation import Propagating, doubling
 from smidgen.fewshot.methods.prototypes import ProtoNet, one_hot
-from smidgen.fewshot.methods.simpleshot import SimpleShot
-from smidgen.fewshot.methods.tpn import TPN
 
 if TYPE_CHECKING:
     import onnx
 
 INPUTS = ("support_images", "support_labels", "query_images")
 OUTPUT = "probabilities"
-REMAINDER = 1e-8
 SCOPES = "pkg.torch.onnx.name_scopes"  # metadata of a node: the modules it comes from
 QUANTIZED = ("Conv", "Gemm", "MatMul")
-Exportable = ProtoNet | SimpleShot | LabelPropagation | TPN
+Exportable = ProtoNet | Propagating
 
 
 @dataclass(frozen=True)
@@ -84,32 +74,12 @@ class Predictor(nn.Module):
         """Of the queries."""
         n = support.shape[0]
         maps = self.method.backbone(torch.cat([support, query]))
-        if isinstance(self.method, ProtoNet | SimpleShot):
+        if isinstance(self.method, ProtoNet):
             x = maps.flatten(1)
             return self.method.head(x[None, :n], labels[None], x[None, n:])[0]
         y = torch.cat([labels, labels.new_zeros(query.shape[0], labels.shape[1])])
         real = torch.ones_like(y[:, 0], dtype=torch.bool)
         return self.method.head(maps[None], y[None], real[None], doubling)[0, n:]
-
-
-def doublings(alpha: float) -> int:
-    """K: the least with alpha^(2^K) <= 1e-8."""
-    return 0 if alpha == 0 else max(0, math.ceil(math.log2(math.log(REMAINDER) / math.log(alpha))))
-
-
-def doubling(s: Float[Tensor, "tasks n n"], y: Float[Tensor, "tasks n ways"], alpha: float) -> Float[Tensor, "tasks n ways"]:
-    """F* = (I - alpha S)^-1 Y by products alone."""
-    powers = [alpha * s]
-    for _ in range(doublings(alpha) - 1):
-        powers.append(powers[-1] @ powers[-1])
-
-    def inverse(b: Tensor) -> Tensor:
-        for power in powers:
-            b = b + power @ b
-        return b
-
-    f = inverse(y)
-    return f + inverse(y - (f - alpha * s @ f))
 
 
 def export(method: nn.Module, path: Path, episodes: Sequence[Episode], bits: int | None = None) -> Exported:
@@ -118,7 +88,7 @@ def export(method: nn.Module, path: Path, episodes: Sequence[Episode], bits: int
     `episodes` give the shape of images; with `bits` 8 they are calibration data too, so let there be some ten tasks of real images.
     The method is left as it was; what is written is its evaluation mode.
     """
-    if not isinstance(method, ProtoNet | SimpleShot | LabelPropagation | TPN):
+    if not isinstance(method, ProtoNet | Propagating):
         raise UserError(
             f"a {type(method).__name__} cannot be exported to ONNX: its prediction is not a backbone with a head in closed form"
         )

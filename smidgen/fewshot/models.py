@@ -69,12 +69,13 @@ def tpn(
     alpha: float = 0.99,
     balance: float = 0.0,
     guard: bool = False,
+    prototypes: float = 0.0,
 ) -> nn.Module:
     """Transductive propagation network over Conv-4."""
     from smidgen.fewshot.methods.propagation import Propagation
     from smidgen.fewshot.methods.tpn import TPN, graph_for
 
-    return TPN(conv4(shape, width, norm), graph_for(maps(shape, width)), Propagation(k, alpha, balance), guard)
+    return TPN(conv4(shape, width, norm), graph_for(maps(shape, width)), Propagation(k, alpha, balance), guard, prototypes)
 
 
 def maml(
@@ -121,6 +122,7 @@ def btaml(
     omega: bool = True,
     gamma: bool = True,
     z: bool = True,
+    bayesian: bool = True,
     direct_omega: bool = False,
     rate: float = 0.01,
     samples: int = 10,
@@ -136,7 +138,7 @@ def btaml(
     from smidgen.fewshot.methods.inner import Inner
 
     inner = Inner(width, steps, test_steps, clip, faithful_padding)
-    return BTAML(shape, BTAMLConfig(omega, gamma, z, direct_omega, rate, samples, seed, inner))
+    return BTAML(shape, BTAMLConfig(omega, gamma, z, bayesian, direct_omega, rate, samples, seed, inner))
 
 
 def normalised_protonet(shape: Shape, ways: int, *, width: int = 64, norm: Norm = "inductive") -> nn.Module:

@@ -4,8 +4,9 @@ A network reads images of one shape, so the sets must have one: the caller resiz
 only the caller knows whether a digit of 28 x 28 should be enlarged or padded. Different shapes are refused here, by name.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -13,56 +14,52 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from smidgen.errors import UserError
-from smidgen.fewshot.episodes import Episode, Queries, Sampler, Shots
+from smidgen.fewshot.episodes import Episode, Sampler, Tasks
 from smidgen.images import Images
 
 CHOICE = 1  # keeps the draw of the set apart from the draws inside the set, which are seeded by (seed, number)
 
 
 @dataclass(frozen=True)
-class SetsSampler:
-    """Draws batches of tasks from several sets, the i-th always the same one; options as of `Sampler`.
+class SetsSampler(Tasks[tuple[Images, ...]]):
+    """Draws batches of tasks from several sets.
 
     Task t of batch i is number k = i tasks + t. Its set is drawn uniformly from (seed, k), whatever the sizes of the sets; the task is the
     k-th of that set's own Sampler.
     """
 
-    sets: tuple[Images, ...]
-    ways: int = 5
-    shots: Shots = 1
-    queries: int = 15
-    balance: Queries = "balanced"
-    tasks: int = 1
-    "Tasks of a batch, each of a set of its own."
-    seed: int = 0
-
     def __post_init__(self) -> None:
-        one_shape(self.sets)
-        self.samplers()
+        one_shape(self.images)
+        self.samplers  # noqa: B018 (sets that cannot be drawn from are refused now)
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Of all sets, one after the other."""
+        return tuple(f"{s.name}/{c}" for s in self.images for c in s.classes)
+
+    @property
+    def device(self) -> torch.device:
+        """Of the images."""
+        return self.images[0].pixels.device
+
+    @cached_property
     def samplers(self) -> tuple[Sampler, ...]:
         """One per set, of one task at a time."""
-        return tuple(Sampler(s, self.ways, self.shots, self.queries, self.balance, seed=self.seed) for s in self.sets)
+        return tuple(
+            Sampler(s, self.ways, self.shots, self.queries, self.balance, seed=self.seed, augment=self.augment) for s in self.images
+        )
 
     def chosen(self, i: int) -> list[int]:
         """Indices of the sets that the tasks of batch i come from."""
         numbers = range(i * self.tasks, (i + 1) * self.tasks)
-        return [int(np.random.default_rng([self.seed, k, CHOICE]).integers(len(self.sets))) for k in numbers]
+        return [int(np.random.default_rng([self.seed, k, CHOICE]).integers(len(self.images))) for k in numbers]
 
     def __call__(self, i: int) -> Episode:
-        """Batch number i; its classes count through all sets, one after the other."""
-        samplers = self.samplers()
-        return joined([self._counted(samplers[s](i * self.tasks + t), s) for t, s in enumerate(self.chosen(i))])
-
-    def __iter__(self) -> Iterator[Episode]:
-        """Batches without end."""
-        i = 0
-        while True:
-            yield self(i)
-            i += 1
+        """Batch number i."""
+        return joined([self._counted(self.samplers[s](i * self.tasks + t), s) for t, s in enumerate(self.chosen(i))])
 
     def _counted(self, episode: Episode, s: int) -> Episode:
-        before = sum(len(images.classes) for images in self.sets[:s])
+        before = sum(len(images.classes) for images in self.images[:s])
         return episode if episode.classes is None else replace(episode, classes=episode.classes + before)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from smidgen.errors import UserError
 from smidgen.fewshot.data import Shape, load_images, shape_of
-from smidgen.fewshot.episodes import Episode, Sampler, Shots
+from smidgen.fewshot.episodes import Episode, Sampler, Shots, Tasks
 from smidgen.fewshot.evaluate import Result, evaluated, examples, norm_mode
 from smidgen.fewshot.methods.mxml import MxML
 from smidgen.fewshot.models import TRAINED, Description, describe, load, load_members, make, save, settle, trained_folder
@@ -125,8 +125,9 @@ class Config:
             clip=self.clip,
             accumulation=self.accumulation,
             precision=self.precision,
-            evaluate_every=max(1, self.steps // EVALUATIONS) if self.validate_every is None else self.validate_every,
-            patience=self.steps + 2 if self.patience is None else self.patience,
+            evaluate_every=self.validate_every,
+            patience=self.patience,
+            keep_best=True,
             checkpoint_every=self.checkpoint_every,
             seed=self.seed,
             resume=self.resume,
@@ -223,18 +224,48 @@ class Training(nn.Module):
     def __init__(self, method: nn.Module) -> None:
         super().__init__()
         self.method = method
+        self.graphs: tuple[nn.Module, ...] = ()  # in a tuple, or its parameters would be there twice
 
     def forward(self, episode: Episode) -> Float[Tensor, ""]:
         """Mean over tasks."""
+        if self.graphs and self.training:
+            return self.graphs[0](episode.support_x, episode.support_y, episode.query_x, episode.query_y)
         return self.method.loss(episode)  # pyright: ignore  a Method
+
+    def capture(self, episode: Episode) -> None:
+        """Makes CUDA graphs of the loss and its gradient, for tasks of just this size and without padding.
+
+        A small network starts a thousand kernels per update, which takes longer than they run; two graphs start them all.
+        """
+        example = episode.support_x, episode.support_y, episode.query_x, episode.query_y
+        self.graphs = (torch.cuda.make_graphed_callables(_Plain(self.method, episode.ways), example),)
+
+
+class _Plain(nn.Module):
+    """The loss as a function of tensors alone."""
+
+    def __init__(self, method: nn.Module, ways: int) -> None:
+        super().__init__()
+        self.method, self.ways = method, ways
+
+    def forward(self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> Float[Tensor, ""]:
+        return self.method.loss(Episode(support_x, support_y, query_x, query_y, self.ways))  # pyright: ignore  a Method
 
 
 def train(
-    method: nn.Module, tasks: Sampler, config: FitConfig, run: Run, validation: Sampler, episodes: int, *, groups: Any = None
+    method: nn.Module,
+    tasks: Tasks,
+    config: FitConfig,
+    run: Run,
+    validation: Tasks,
+    episodes: int,
+    *,
+    groups: Any = None,
+    graphs: bool = False,
 ) -> FitResult:
-    """Trains a method in place; with patience in the configuration the state of the best validation is the one it ends in.
+    """Trains a method in place; with `keep_best`, or patience, it ends in the state of the best validation.
 
-    `groups` are parameter groups as `fit` has them.
+    `groups` are parameter groups as `fit` has them. `graphs`: by CUDA graphs, for which all tasks must have one size and no padding.
     """
 
     def measure(model: nn.Module) -> dict[str, Any]:
@@ -243,4 +274,9 @@ def train(
 
     if groups is None and isinstance(method, MxML):
         groups = [{"params": method.network.parameters()}]  # members are frozen
-    return fit(Training(method.train()), lambda model, episode: model(episode), tasks, config, run, groups=groups, evaluate=measure)
+    training = Training(method.train())
+    if graphs:
+        if tasks.device.type != "cuda" or config.accumulation > 1:  # a second backward pass would overwrite the gradient of the first
+            raise UserError("CUDA graphs need a CUDA device, and one batch of tasks per update")
+        training.capture(tasks(0))
+    return fit(training, lambda model, episode: model(episode), tasks, config, run, groups=groups, evaluate=measure)

@@ -49,6 +49,8 @@ class BTAMLConfig:
     "Scale the steps of each layer."
     z: bool = True
     "Shift the initial weights."
+    bayesian: bool = True
+    "Draw phi and keep q near its prior; without, phi is what the encoder says (deterministic TAML, notes 3.6)."
     direct_omega: bool = False
     "omega from the class's statistics by one dense layer, without a hidden one: the authors' run over several data sets."
     rate: float = 0.01
@@ -78,10 +80,13 @@ class BTAML(nn.Module):
     def forward(self, episode: Episode) -> Float[Tensor, ""]:
         """The objective of notes 3.3, mean over tasks; phi is sampled in training mode, otherwise its mean."""
         q = self.encoder(episode)
-        phi = sample(q) if self.training else {name: mu for name, (mu, _) in q.items()}
+        phi = sample(q) if self.training and self.config.bayesian else {name: mu for name, (mu, _) in q.items()}
         steps = self.config.inner.steps if self.training else self.config.inner.test_steps
+        loss = query_loss(self.answers(episode, phi, steps), episode)
+        if not self.config.bayesian:
+            return loss.mean()
         images = (episode.support_y >= 0).sum(1) + (episode.query_y >= 0).sum(1)
-        return (query_loss(self.answers(episode, phi, steps), episode) + divergence(q, len(images)) / images).mean()
+        return (loss + divergence(q, len(images)) / images).mean()
 
     def loss(self, episode: Episode) -> Float[Tensor, ""]:
         """The same, with a clipped gradient."""
@@ -122,7 +127,7 @@ class BTAML(nn.Module):
         The samples' noise comes from `seed` and is the same for every task, so a task's answer does not depend on its company.
         """
         samples, q = self.config.samples, self.encoder(episode)
-        if samples == 0 or not q:
+        if samples == 0 or not q or not self.config.bayesian:
             return self.validate(episode)
         random = torch.Generator().manual_seed(self.config.seed)
         total = episode.query_x.new_zeros((*episode.query_y.shape, episode.ways))

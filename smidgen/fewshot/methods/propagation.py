@@ -23,6 +23,8 @@ node for every i, and one class takes all queries: 5 Gaussian classes, 1 shot, 1
 Padding has no edges. Balanced queries flatter heads like this (notes 5.4): see `rebalanced`, our correction, off by default.
 """
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -31,13 +33,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from smidgen.errors import UserError
-from smidgen.fewshot.episodes import Episode
+from smidgen.fewshot.episodes import Episode, capturing
 from smidgen.fewshot.methods.prototypes import cross_entropy, embedded, full_precision, one_hot, real_nodes, squared_distances
 
 Solve = Callable[[Tensor, Tensor, float], Tensor]
 "(S, Y, alpha) -> F*"
 
 ROUNDS = 10  # of estimating class shares
+REMAINDER = 1e-8  # of `doubling`, relative
 
 
 def affinity(
@@ -69,6 +72,33 @@ def cholesky(s: Float[Tensor, "tasks n n"], y: Float[Tensor, "tasks n ways"], al
     """F* = (I - alpha S)^-1 Y."""
     matrix = torch.eye(s.shape[-1], dtype=s.dtype, device=s.device) - alpha * s
     return torch.cholesky_solve(y, torch.linalg.cholesky(matrix))
+
+
+def doubling(s: Float[Tensor, "tasks n n"], y: Float[Tensor, "tasks n ways"], alpha: float) -> Float[Tensor, "tasks n ways"]:
+    """F* by products of matrices alone ("Neumann doubling"), for ONNX and CUDA graphs, which have no solver. With A = alpha S
+
+        (I - A)^-1 Y = (I + A^(2^(K-1))) ... (I + A^4) (I + A^2) (I + A) Y + remainder
+
+    The product is sum_{j < 2^K} A^j Y, and the remainder A^(2^K) (I - A)^-1 Y is at most alpha^(2^K) of the solution in the Euclidean
+    norm, S being symmetric with its spectrum in [-1, 1]. K is the least that makes it 1e-8: 11 for alpha = 0.99; conjugate gradients
+    would need 120 steps of ten small operators each. What single precision loses besides, a step of iterative refinement wins back.
+    """
+    powers = [alpha * s]
+    for _ in range(doublings(alpha) - 1):
+        powers.append(powers[-1] @ powers[-1])
+
+    def inverse(b: Tensor) -> Tensor:
+        for power in powers:
+            b = b + power @ b
+        return b
+
+    f = inverse(y)
+    return f + inverse(y - (f - alpha * s @ f))
+
+
+def doublings(alpha: float) -> int:
+    """K: the least with alpha^(2^K) <= 1e-8."""
+    return 0 if alpha == 0 else max(0, math.ceil(math.log2(math.log(REMAINDER) / math.log(alpha))))
 
 
 def iterated(s: Float[Tensor, "tasks n n"], y: Float[Tensor, "tasks n ways"], alpha: float, steps: int) -> Float[Tensor, "tasks n ways"]:
@@ -135,37 +165,39 @@ class Propagation:
         sigma: Float[Tensor, "tasks n"],
         y: Float[Tensor, "tasks n ways"],
         real: Bool[Tensor, "tasks n"],
-        solve: Solve = cholesky,
+        solve: Solve | None = None,
     ) -> Float[Tensor, "tasks n ways"]:
         """`y` are one-hot rows of labelled nodes, zeros of the others; `real` is False where padded."""
         y = y.to(x.dtype)
+        solve = solve or (doubling if capturing(x) else cholesky)
         f = solve(normalized(sparse(affinity(x, sigma, real), self.k)), y, self.alpha)
         return rebalanced(f, real & (y.sum(-1) == 0), self.balance) if self.balance else f
 
 
-class LabelPropagation(nn.Module):
-    """Label propagation with one sigma over a backbone, or over frozen features (`nn.Identity()`).
+class Propagating(nn.Module, ABC):
+    """A backbone, a sigma for every node, and propagation: what label propagation and TPN have in common.
 
-    A batch holds the support and all queries that are to inform each other; unlabelled images may come besides (`unlabelled`). Nothing
-    of it needs training but the backbone, and one trained otherwise (a ProtoNet's, a frozen one) will do. Prefer prototypes.py for a
-    single query.
+    A batch holds the support and all queries that are to inform each other; unlabelled images may come besides (`unlabelled`): they carry
+    labels on, but have none in the loss. For a single query prefer prototypes.py.
     """
 
-    def __init__(self, backbone: nn.Module, sigma: float | None = None, propagation: Propagation | None = None) -> None:
-        """`sigma` in units of the features; None: a quarter of each task's `spread`, ours, for want of validation tasks."""
+    def __init__(self, backbone: nn.Module, propagation: Propagation | None = None) -> None:
+        """`backbone`: (images, *image) -> (images, *map)."""
         super().__init__()
-        if sigma is not None and not sigma > 0:
-            raise UserError(f"sigma must be positive, got {sigma}")
-        self.backbone, self.sigma, self.propagation = backbone, sigma, propagation or Propagation()
+        self.backbone, self.propagation = backbone, propagation or Propagation()
 
-    def loss(self, episode: Episode) -> Float[Tensor, ""]:
-        """Cross-entropy of support and queries, as TPN's."""
-        return cross_entropy(self.scores(episode), torch.cat([episode.support_y, episode.query_y], 1))
+    @abstractmethod
+    def sigma(self, maps: Float[Tensor, "tasks n *map"], real: Bool[Tensor, "tasks n"]) -> Float[Tensor, "tasks n"]:
+        """Of every node; of padding anything but 0."""
+
+    def loss(self, episode: Episode, unlabelled: Float[Tensor, "tasks extra *image"] | None = None) -> Float[Tensor, ""]:
+        """Mean cross-entropy over support and queries (notes 2.3, 8)."""
+        return cross_entropy(self.scores(episode, unlabelled), torch.cat([episode.support_y, episode.query_y], 1))
 
     def predict(
         self, episode: Episode, unlabelled: Float[Tensor, "tasks extra *image"] | None = None, alone: bool = False
     ) -> Float[Tensor, "tasks queries ways"]:
-        """Probabilities of the queries. `alone`: each query enters a graph of its own, without the others (notes 2.5, TPN-semi)."""
+        """Probabilities of the queries. `alone`: each query enters a graph of its own, without the others (TPN-semi, notes 2.5)."""
         support = episode.support_y.shape[1]
         if alone:
             return one_by_one(lambda e, u: self.scores(e, u)[:, support:], episode, unlabelled).softmax(-1)
@@ -173,21 +205,47 @@ class LabelPropagation(nn.Module):
 
     def scores(self, episode: Episode, unlabelled: Float[Tensor, "tasks extra *image"] | None = None) -> Float[Tensor, "tasks n ways"]:
         """F* of support and queries."""
-        x, y, real = nodes(self.backbone, episode, unlabelled)
-        with full_precision(x):
-            return self.head(x, y, real)[:, : y.shape[1] - extra(unlabelled)]
+        maps, y, real = nodes(self.backbone, episode, unlabelled)
+        with full_precision(maps):
+            return self.head(maps, y, real)[:, : y.shape[1] - extra(unlabelled)]
 
     def head(
         self,
         maps: Float[Tensor, "tasks n *map"],
         y: Float[Tensor, "tasks n ways"],
         real: Bool[Tensor, "tasks n"],
-        solve: Solve = cholesky,
+        solve: Solve | None = None,
     ) -> Float[Tensor, "tasks n ways"]:
         """F* from what the backbone made; what is exported behind it."""
+        return self.propagation(maps.flatten(2), self.sigma(maps, real), y, real, solve)
+
+    @torch.no_grad()
+    def insides(self, episode: Episode) -> dict[str, Tensor]:
+        """For reports: the graph W after neighbours are chosen, and sigma."""
+        maps, _, real = nodes(self.backbone, episode)
+        with full_precision(maps):
+            sigma = self.sigma(maps, real)
+            return {"graph": sparse(affinity(maps.flatten(2), sigma, real), self.propagation.k), "sigma": sigma}
+
+
+class LabelPropagation(Propagating):
+    """Label propagation with one sigma over a backbone, or over frozen features (`nn.Identity()`).
+
+    Nothing of it needs training but the backbone, and one trained otherwise (a ProtoNet's, a frozen one) will do.
+    """
+
+    def __init__(self, backbone: nn.Module, sigma: float | None = None, propagation: Propagation | None = None) -> None:
+        """`sigma` in units of the features; None: a quarter of each task's `spread`, ours, for want of validation tasks."""
+        super().__init__(backbone, propagation)
+        if sigma is not None and not sigma > 0:
+            raise UserError(f"sigma must be positive, got {sigma}")
+        self.chosen = sigma
+
+    def sigma(self, maps: Float[Tensor, "tasks n *map"], real: Bool[Tensor, "tasks n"]) -> Float[Tensor, "tasks n"]:
+        """The same of every node."""
         x = maps.flatten(2)
-        sigma = 0.25 * spread(x, real) if self.sigma is None else x.new_full(x.shape[:1], self.sigma)
-        return self.propagation(x, sigma[:, None].expand(x.shape[:2]), y, real, solve)
+        sigma = 0.25 * spread(x, real) if self.chosen is None else x.new_full(x.shape[:1], self.chosen)
+        return sigma[:, None].expand(x.shape[:2])
 
 
 def nodes(

@@ -81,9 +81,9 @@ def embedded(backbone: nn.Module, episode: Episode) -> tuple[Float[Tensor, "task
     """
     x = torch.cat([episode.support_x, episode.query_x], 1)
     real = real_nodes(episode)
-    seen = backbone(x.flatten(0, 1) if real.all() else x[real])
+    seen = backbone(x.flatten(0, 1) if episode.full else x[real])
     seen = seen.float() if seen.dtype in (torch.float16, torch.bfloat16) else seen
-    maps = seen.unflatten(0, real.shape) if real.all() else seen.new_zeros(*real.shape, *seen.shape[1:]).index_put((real,), seen)
+    maps = seen.unflatten(0, real.shape) if episode.full else seen.new_zeros(*real.shape, *seen.shape[1:]).index_put((real,), seen)
     support = episode.support_x.shape[1]
     return maps[:, :support], maps[:, support:]
 

@@ -14,38 +14,22 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from smidgen.errors import UserError
-from smidgen.fewshot.episodes import Episode
-from smidgen.fewshot.methods.prototypes import cross_entropy, embedded, full_precision, nearest_mean, one_hot
+from smidgen.fewshot.methods.prototypes import ProtoNet, nearest_mean
 
 
-class SimpleShot(nn.Module):
+class SimpleShot(ProtoNet):
     """CL2N over a backbone, or over features (`nn.Identity()`).
 
-    A batch holds what a ProtoNet's does. Nothing of it needs training but the backbone; `loss` is there to fine-tune one, and to be
-    validated by. The mean does not follow the backbone: take it again after training.
+    Nothing of it needs training but the backbone; `loss` is there to fine-tune one, and to be validated by. The mean does not follow the
+    backbone: take it again after training. Logits lie between -4 and 0.
     """
 
     mean: Tensor
 
     def __init__(self, backbone: nn.Module, mean: Float[Tensor, "width"]) -> None:
         """`mean`: of the base classes, see `base_mean`; zeros make it L2N."""
-        super().__init__()
-        self.backbone = backbone
+        super().__init__(backbone)
         self.register_buffer("mean", mean.clone())
-
-    def loss(self, episode: Episode) -> Float[Tensor, ""]:
-        """Cross-entropy of the queries."""
-        return cross_entropy(self.logits(episode), episode.query_y)
-
-    def predict(self, episode: Episode) -> Float[Tensor, "tasks queries ways"]:
-        """Probabilities of the queries."""
-        return self.logits(episode).softmax(-1)
-
-    def logits(self, episode: Episode) -> Float[Tensor, "tasks queries ways"]:
-        """Negative squared distances, between -4 and 0."""
-        support, query = embedded(self.backbone, episode)
-        with full_precision(query):
-            return self.head(support.flatten(2), one_hot(episode.support_y, episode.ways), query.flatten(2))
 
     def head(
         self,
