@@ -107,9 +107,9 @@ class FitConfig:
         """Updates between evaluations."""
         return max(1, self.steps // EVALUATIONS) if self.evaluate_every is None else self.evaluate_every
 
-    def alone(self) -> "FitConfig":
-        """These options without those that a command has besides."""
-        return FitConfig(**{field.name: vars(self)[field.name] for field in fields(FitConfig)})
+    def alone(self, **changes: Any) -> "FitConfig":
+        """These options, some of them changed, without those that a command has besides."""
+        return FitConfig(**{field.name: vars(self)[field.name] for field in fields(FitConfig)} | changes)
 
     def factor(self, step: int) -> float:
         """Of the learning rates at update `step` = 0, 1, ...: 1 at the end of the warm-up."""

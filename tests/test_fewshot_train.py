@@ -10,6 +10,7 @@ import torch
 from test_fewshot_evaluate import SIDE, coloured, stored
 
 from smidgen.errors import UserError
+from smidgen.fewshot.augment import augmented
 from smidgen.fewshot.episodes import Sampler
 from smidgen.fewshot.evaluate import evaluated
 from smidgen.fewshot.models import METHODS, TRAINED, Description, describe, load, make, save, trained_folder
@@ -28,7 +29,15 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture
 def quick(data) -> Config:
     return Config(
-        str(data), option={"width": 8}, queries=5, steps=60, learning_rate=1e-2, validate_every=20, validation_episodes=30, device="cpu"
+        (str(data),),
+        option={"width": 8},
+        queries=5,
+        steps=60,
+        learning_rate=1e-2,
+        schedule="cosine",
+        evaluate_every=20,
+        validation_episodes=30,
+        device="cpu",
     )
 
 
@@ -58,7 +67,7 @@ def test_training_beats_chance_and_no_training(quick, trained):
 
 def test_the_folder_holds_the_best_state(quick, trained):
     """A learning rate that destroys what was learnt: not the last state is saved, and loading gives the accuracy that was reported."""
-    metrics, folder = trained(replace(quick, schedule="constant", learning_rate=0.3, steps=40, validate_every=10))
+    metrics, folder = trained(replace(quick, schedule="constant", learning_rate=0.3, steps=40, evaluate_every=10))
     validation = Sampler(coloured(60, each=20, noise=60.0).of(list(range(1, 60, 3))), 5, 1, 5, seed=1)
     method = load(folder / TRAINED)
     assert evaluated(method, validation, 30).accuracy == pytest.approx(metrics["validation_accuracy"])
@@ -88,7 +97,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(quick, trained, tmp_path, mo
 
 def test_training_for_other_tasks_than_validation(quick, trained):
     """Higher shot (notes 2.4): the figures are of the tasks of use."""
-    metrics, _ = trained(replace(quick, steps=2, validate_every=2, shots=5, validation_shots=1, validation_ways=2, examples=0))
+    metrics, _ = trained(replace(quick, steps=2, evaluate_every=2, shots=5, validation_shots=1, validation_ways=2, examples=0))
     assert metrics["shots"] == 5 and metrics["validation_shots"] == 1 and metrics["chance"] == 0.5
 
 
@@ -116,7 +125,7 @@ def test_every_method_can_be_made_trained_a_step_and_made_again(name, tmp_path):
 
 def test_a_mixture_is_trained_on_trained_members(quick, trained, tmp_path):
     """Stage two leaves the members as their runs left them."""
-    quick = replace(quick, steps=4, validate_every=4, validation_episodes=4, examples=0)
+    quick = replace(quick, steps=4, evaluate_every=4, validation_episodes=4, examples=0)
     members = []
     for seed in (0, 1):
         _, folder = trained(replace(quick, method="normalised-protonet", seed=seed), f"member-{seed}")
@@ -127,14 +136,12 @@ def test_a_mixture_is_trained_on_trained_members(quick, trained, tmp_path):
         for name, value in load(trained_folder(member)).state_dict().items():
             assert torch.equal(mixture[f"members.{i}.{name}"], value)
     assert metrics["parameters"] > 0
-    with pytest.raises(UserError, match="mxml mixes trained methods: give their runs with --members"):
-        trained(replace(quick, method="mxml", option={}), "none")
-    with pytest.raises(UserError, match="--members are of --method mxml, not of protonet"):
+    with pytest.raises(UserError, match="--members: only for --method mxml, not for protonet"):
         trained(replace(quick, members=tuple(members)), "not")
 
 
 def test_simpleshot_takes_the_mean_of_the_base_classes(quick, trained):
-    _, folder = trained(replace(quick, method="simpleshot", steps=4, validate_every=4, validation_episodes=4, examples=0))
+    _, folder = trained(replace(quick, method="simpleshot", steps=4, evaluate_every=4, validation_episodes=4, examples=0))
     method = load(folder / TRAINED)
     base = coloured(60, each=20, noise=60.0).of(list(range(0, 60, 3)))
     with torch.no_grad():
@@ -160,7 +167,119 @@ def test_refusals(quick, trained, tmp_path):
         labels=colour.labels.numpy(),
         class_names=np.array(colour.classes),
     )
-    with pytest.raises(UserError, match="colour.npz has images of 3x16x16"):
-        trained(replace(quick, validation_data=str(tmp_path / "colour.npz"), validation_split="all"))
+    with pytest.raises(UserError, match="colour.npz:? ?.*of 16 x 16 with 3 channels; resize"):
+        trained(replace(quick, validation_data=(str(tmp_path / "colour.npz"),), validation_split="all"))
     with pytest.raises(UserError, match="--validation-episodes must be positive"):
         trained(replace(quick, validation_episodes=0))
+    with pytest.raises(UserError, match="--weight-steps: only for --method mxml"):
+        trained(replace(quick, weight_steps=3))
+    with pytest.raises(UserError, match="--hold-out divides the classes itself"):
+        trained(replace(quick, hold_out=0.2, train_split="all"))
+
+
+# --- several data sets, and mixtures -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> tuple[str, str]:
+    """Two sets of 45 classes, with the same three splits."""
+    folder = tmp_path_factory.mktemp("two")
+    return tuple(str(stored(folder / f"{name}.npz", coloured(45, each=20, seed=i, noise=60.0))) for i, name in enumerate("ab"))
+
+
+def test_a_mixture_is_trained_in_two_stages_on_several_sets(quick, trained, two):
+    """Members see four fifths of their set's training classes, the weights the rest of both; members stay as stage one left them."""
+    config = replace(quick, data=two, method="mxml", ways=3, steps=20, weight_steps=6, evaluate_every=10, validation_episodes=8)
+    metrics, folder = trained(config)
+    members = [folder / "members" / str(i) for i in range(2)]
+    assert [describe(m).data.split(":")[0] for m in members] == list(two)
+    mixture = load(folder / TRAINED)
+    assert describe(folder / TRAINED).options["members"] == [{"name": "normalised-protonet", "options": {"width": 8}}] * 2
+    for i, member in enumerate(members):
+        for name, value in load(member).state_dict().items():
+            assert torch.equal(mixture.state_dict()[f"members.{i}.{name}"], value)
+    assert metrics["steps"] == 6 and metrics["train_classes"] == 30 and metrics["validation_classes"] == 30
+    assert metrics["validation_accuracy"] > 0.6, "members alone are at 0.8 or more; chance 0.33"
+    rows = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
+    assert [len(row["member_accuracies"]) for row in rows if "member_accuracies" in row] == [2, 2, 2]
+    again, second = trained(replace(config, members=tuple(members), steps=6, weight_steps=None, option={}), "again")
+    assert again["steps"] == 6 and not (second / "members").exists()
+
+
+def test_one_learner_on_several_sets(quick, trained, two):
+    metrics, folder = trained(replace(quick, data=two, steps=4, evaluate_every=4, validation_episodes=6))
+    assert metrics["train_classes"] == 30 and metrics["data"].split(" ")[1].startswith(two[1])
+    shown = json.loads((folder / "examples.json").read_text())["examples"][0]["rows"][0]["class"]
+    assert shown.startswith(two)
+
+
+def test_classes_can_be_held_out_of_data_without_splits(quick, trained, tmp_path):
+    images = coloured(20, each=20, noise=60.0)
+    path = tmp_path / "plain.npz"
+    np.savez(path, images=images.pixels[..., 0].numpy(), labels=images.labels.numpy(), class_names=np.array(images.classes))
+    metrics, _ = trained(replace(quick, data=(str(path),), hold_out=0.4, steps=2, evaluate_every=2, validation_episodes=4))
+    assert (metrics["train_classes"], metrics["validation_classes"]) == (12, 8)
+
+
+# --- augmentation, groups, schedules -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["flip", "crop", "colour", "affine"])
+def test_augmentation_is_repeatable_each_image_its_own_and_leaves_padding_alone(kind):
+    x = torch.rand(2, 6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    x[1, 4:] = 0
+    a, b = (augmented(x, (kind,), np.random.default_rng(7)) for _ in range(2))
+    assert torch.equal(a, b) and a.shape == x.shape and 0 <= a.min() <= a.max() <= 1
+    assert not torch.equal(a, augmented(x, (kind,), np.random.default_rng(8))) and a[1, 4:].abs().max() == 0
+    same = augmented(x[:1, :1].expand(1, 400, -1, -1, -1), (kind,), np.random.default_rng(1))[0]
+    assert len({image.numpy().tobytes() for image in same}) == (2 if kind == "flip" else 25 if kind == "crop" else 400)
+
+
+def test_a_crop_is_a_window_of_the_mirrored_image():
+    """Against numpy's own mirroring: every result is one of the 25 windows."""
+    x = torch.arange(256.0).view(1, 1, 16, 16) / 256
+    wide = np.pad(x[0, 0].numpy(), 2, mode="reflect")
+    windows = {wide[i : i + 16, j : j + 16].tobytes() for i in range(5) for j in range(5)}
+    found = {augmented(x, ("crop",), np.random.default_rng(s))[0, 0].numpy().tobytes() for s in range(200)}
+    assert found == windows
+
+
+def test_augmented_tasks_are_the_same_tasks():
+    plain, varied = (Sampler(coloured(), 3, 2, 4, seed=3, augment=kinds)(5) for kinds in ((), ("affine", "crop")))
+    assert torch.equal(plain.classes, varied.classes) and torch.equal(plain.query_y, varied.query_y)
+    assert not torch.equal(plain.query_x, varied.query_x)
+    nearest = torch.cdist(varied.query_x.flatten(2), plain.query_x.flatten(2)).argmin(-1)
+    assert (torch.arange(12) // 4 == nearest[0] // 4).float().mean() > 0.9, "an image varied a little is most like one of its class"
+
+
+def test_frames_of_one_film_are_on_one_side_of_a_task():
+    """And without groups they are not: the check can fail."""
+    images = coloured(6, each=24)
+    images = replace(images, pixels=torch.arange(144).view(-1, 1, 1, 1))  # an image is its number
+    film = torch.arange(144) // 4  # 6 films of 4 frames a class
+    for groups, clean in ((film, True), (None, False)):
+        both = []
+        for shots in (3, "any"):
+            sampler = Sampler(replace(images, groups=groups), 4, shots, 5, tasks=2)
+            for i in range(20):
+                episode = sampler(i)
+                support, query = ((x * 255).round().long().flatten(1) for x in (episode.support_x, episode.query_x))
+                for t in range(2):
+                    sides = [
+                        set(film[numbers[t][y[t] >= 0]].tolist()) for numbers, y in ((support, episode.support_y), (query, episode.query_y))
+                    ]
+                    both.append(bool(sides[0] & sides[1]))
+                assert (episode.query_y >= 0).all()
+        assert any(both) is not clean
+    with pytest.raises(UserError, match="0 classes with enough images"):
+        Sampler(replace(images, groups=torch.arange(144) // 24), 2, 1, 1)
+    assert torch.equal(replace(images, groups=film).of([2, 0]).groups, torch.cat([film[48:72], film[:24]]))
+
+
+def test_a_method_has_the_schedule_of_its_paper():
+    rates = {
+        name: [Config(("glyphs",), method=name, steps=50_000).training().factor(step) for step in (0, 9_999, 10_000, 34_999, 35_000)]
+        for name in ("tpn", "btaml", "normalised-protonet")
+    }
+    assert rates == {"tpn": [1, 1, 0.5, 0.125, 0.125], "btaml": [1] * 5, "normalised-protonet": [1, 1, 1, 1, pytest.approx(0.1)]}
+    assert Config(("glyphs",), method="mxml", steps=100, weight_steps=10).weighing().learning_rate == 1e-4

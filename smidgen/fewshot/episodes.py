@@ -174,7 +174,7 @@ class Sampler(Tasks[Images]):
         support: list[np.ndarray] = []
         query: list[np.ndarray] = []
         for way, c in enumerate(classes):
-            for_query, for_support = self._sides(self.members[c], queries[way], random)
+            for_query, for_support = self._sides(self.members[c], int(queries[way]), random)
             query.append(for_query)
             support.append(for_support[: shots[way]])
         labels = [np.repeat(np.arange(self.ways), [len(p) for p in part]) for part in (support, query)]

@@ -291,15 +291,16 @@ def load_members(mixture: nn.Module, folders: Sequence[Path]) -> None:
         member.load_state_dict(load(folder).state_dict())
 
 
-def settle(method: nn.Module, images: Images, batch: int = 256) -> bool:
+def settle(method: nn.Module, sets: Sequence[Images], batch: int = 256) -> bool:
     """What is taken from the training images when the backbone is trained: SimpleShot's mean. Whether there was anything to take."""
     from smidgen.fewshot.methods.simpleshot import SimpleShot, base_mean
 
     if not isinstance(method, SimpleShot):
         return False
     method.eval()
-    index = torch.arange(len(images.labels), device=images.pixels.device)
-    method.mean.copy_(base_mean(method.backbone, (images.floats(part) for part in index.split(batch))))
+    index = [torch.arange(len(images.labels), device=images.pixels.device) for images in sets]
+    batches = (images.floats(part) for images, rows in zip(sets, index, strict=True) for part in rows.split(batch))
+    method.mean.copy_(base_mean(method.backbone, batches))
     return True
 
 
