@@ -70,12 +70,13 @@ def tpn(
     balance: float = 0.0,
     guard: bool = False,
     prototypes: float = 0.0,
+    start: float = 0.3,
 ) -> nn.Module:
-    """Transductive propagation network over Conv-4."""
+    """Transductive propagation network over Conv-4; `start` is what sigma is of every node before training, 0: as the layers draw it."""
     from smidgen.fewshot.methods.propagation import Propagation
-    from smidgen.fewshot.methods.tpn import TPN, graph_for
+    from smidgen.fewshot.methods.tpn import TPN, graph_for, started
 
-    return TPN(conv4(shape, width, norm), graph_for(maps(shape, width)), Propagation(k, alpha, balance), guard, prototypes)
+    return TPN(conv4(shape, width, norm), started(graph_for(maps(shape, width)), start), Propagation(k, alpha, balance), guard, prototypes)
 
 
 def maml(
