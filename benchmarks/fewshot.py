@@ -392,7 +392,12 @@ def headed(seen: Stored, held: Stored, sigma: float, sampler: Sampler, validatio
     torch.manual_seed(sampler.seed)
     model = TPN(Both(seen, held), FlatGraph(seen.get_buffer("features").shape[1], sigma)).to(options.device)
     return fitted(
-        model, sampler, validation, halving(options.head_steps, options.halvings, sampler.seed), options, groups=[{"params": model.graph.parameters()}]
+        model,
+        sampler,
+        validation,
+        halving(options.head_steps, options.halvings, sampler.seed),
+        options,
+        groups=[{"params": model.graph.parameters()}],
     )
 
 

@@ -100,7 +100,8 @@ class FitConfig:
         if not 0 <= self.seed < 2**31:
             raise UserError(f"--seed must be between 0 and 2147483647, got {self.seed}")
         if (self.patience is not None or self.keep_best) and not evaluates:
-            raise UserError("--patience and --keep-best need held-out data to measure; give some, or leave them out")
+            name = "keep-best" if self.patience is None else "patience"
+            raise UserError(f"--{name} needs held-out data to measure; give some, or leave it out")
 
     @property
     def interval(self) -> int:

@@ -1,8 +1,11 @@
 """Few-shot predictors in ONNX Runtime: the products that solve the system, any size of task, eight bits."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from test_fewshot_evaluate import SIDE, coloured, stored
 from torch import nn
 
 pytest.importorskip("onnx")
@@ -10,8 +13,8 @@ pytest.importorskip("onnxscript")
 ort = pytest.importorskip("onnxruntime")
 
 from smidgen.errors import UserError  # noqa: E402 (after the skips)
-from smidgen.fewshot.episodes import Episode  # noqa: E402
-from smidgen.fewshot.export import INPUTS, OUTPUT, Predictor, export, tasks  # noqa: E402
+from smidgen.fewshot.episodes import Episode, Sampler  # noqa: E402
+from smidgen.fewshot.export import INPUTS, OUTPUT, Config, Predictor, export, main, tasks  # noqa: E402
 from smidgen.fewshot.methods.propagation import (  # noqa: E402
     LabelPropagation,
     Propagation,
@@ -25,7 +28,9 @@ from smidgen.fewshot.methods.propagation import (  # noqa: E402
 from smidgen.fewshot.methods.prototypes import ProtoNet  # noqa: E402
 from smidgen.fewshot.methods.simpleshot import SimpleShot  # noqa: E402
 from smidgen.fewshot.methods.tpn import TPN, ConvGraph, FlatGraph  # noqa: E402
+from smidgen.fewshot.models import Description, make, save  # noqa: E402
 from smidgen.networks import Conv4  # noqa: E402
+from smidgen.run import Run  # noqa: E402
 
 WIDTH = 8
 
@@ -159,3 +164,68 @@ def test_refusals(backbone, tmp_path):
     with pytest.raises(UserError, match="nothing|no convolution"):
         export(ProtoNet(nn.Flatten()), target, [episode(1, 1)], 8)
     assert not target.exists()
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A ProtoNet of 16 x 16 patterns in a folder, and the patterns, in three splits."""
+    folder = tmp_path_factory.mktemp("trained")
+    images = coloured(30, each=24, noise=60.0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        method = make("protonet", (1, SIDE, SIDE), 5, {"width": 16})
+        optimizer = torch.optim.Adam(method.parameters(), 1e-2)
+        for i in range(30):
+            optimizer.zero_grad()
+            method.loss(Sampler(images.of(list(range(0, 30, 3))), 5, 1, 5)(i)).backward()
+            optimizer.step()
+    save(folder, method, Description("protonet", (1, SIDE, SIDE), 5, 1, {"width": 16}, "patterns"))
+    return folder, stored(folder / "set.npz", images)
+
+
+@pytest.fixture
+def command(tmp_path):
+    """(config, name) -> metrics of a run."""
+
+    def called(config: Config, name: str = "run") -> dict:
+        with Run("fewshot export", config, tmp_path / name) as run:
+            return main(config, run)
+
+    return called
+
+
+def test_the_file_is_as_accurate_as_torch_and_eight_bits_nearly(trained, command):
+    folder, data = trained
+    config = Config(folder, data=str(data), episodes=12, calibration=4, queries=5)
+    whole, small = command(config), command(replace(config, bits=8), "small")
+    assert whole["accuracy"] == whole["accuracy_torch"] > 0.7, "chance 0.2"
+    assert whole["deviation"] < 1e-4 and whole["agreement"] == 1
+    assert small["accuracy"] > whole["accuracy"] - 0.05 and 0 < small["deviation"]
+    assert small["size_bytes"] < whole["size_bytes"] and small["bits"] == 8
+    assert whole["latency_ms_per_image"] * sum(whole["task_images"]) == pytest.approx(whole["latency_ms_per_task"])
+    session = ort.InferenceSession(small["artifact"], providers=["CPUExecutionProvider"])
+    assert [i.name for i in session.get_inputs()] == list(INPUTS)
+
+
+def test_without_images_it_is_compared_on_noise(trained, command):
+    metrics = command(Config(trained[0], queries=3))
+    assert "accuracy" not in metrics and metrics["deviation"] < 1e-4 and metrics["data"] == "noise" and metrics["episodes"] == 1
+
+
+def test_refusals_of_the_command(trained, command, tmp_path):
+    config = Config(trained[0], data=str(trained[1]))
+    with pytest.raises(UserError, match="--bits 8 takes the ranges of activations from real images"):
+        command(Config(trained[0], bits=8))
+    with pytest.raises(UserError, match="in float or 8 bits, not 4"):
+        command(replace(config, bits=4))
+    with pytest.raises(UserError, match="no-such-run holds no trained method"):
+        command(replace(config, model=tmp_path / "no-such-run"))
+    with pytest.raises(UserError, match="--queries must be positive"):
+        command(replace(config, queries=0))
+    save(tmp_path, make("maml", (1, SIDE, SIDE), 5, {"width": 4}), Description("maml", (1, SIDE, SIDE), 5, 1, {"width": 4}))
+    with pytest.raises(UserError, match="a MAML cannot be exported"):
+        command(replace(config, model=tmp_path), "maml")
+    assert not list((tmp_path / "maml").glob("artifact*")) and not (tmp_path / "maml" / "metrics.json").exists()

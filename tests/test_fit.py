@@ -145,6 +145,21 @@ def test_early_stop_restores_the_best_state(run):
     assert result.evaluation(8)["held_out"] == 3.0
 
 
+def test_the_best_state_can_be_kept_without_stopping(run):
+    curve = iter([5.0, 4.0, 1.0, 3.0])
+    config = replace(QUICK, keep_best=True)
+    result = fit(network(), squared, shuffled(data(), 16), config, run, evaluate=lambda model: {"held_out": next(curve)})
+    assert (result.step, result.kept, result.stopped) == (12, 8, "steps")
+
+
+def test_rates_fall_in_steps():
+    """Halved every 3 updates after the warm-up; and the single drop after 70 %."""
+    config = FitConfig(steps=10, warmup=2, schedule="steps", decay=0.5, decay_every=3)
+    assert [config.factor(i) for i in range(10)] == [0.5, 1, 1, 1, 1, 0.5, 0.5, 0.5, 0.25, 0.25]
+    drop = FitConfig(steps=10, schedule="steps", decay=0.1, decay_every=7)
+    assert [drop.factor(i) for i in (0, 6, 7, 9)] == [1, 1, 0.1, 0.1]
+
+
 def test_without_patience_the_last_state_stays(run):
     curve = iter([1.0, 2.0, 3.0, 4.0])
     result = fit(network(), squared, shuffled(data(), 16), QUICK, run, evaluate=lambda model: {"held_out": next(curve)})
@@ -286,6 +301,9 @@ def test_a_loss_that_is_not_finite_is_named(run):
         ({"warmup": 13}, "--warmup must be between 0 and the 12 steps"),
         ({"learning_rate": float("nan")}, "--learning-rate"),
         ({"patience": 1}, "--patience needs held-out data"),
+        ({"keep_best": True}, "--keep-best needs held-out data"),
+        ({"decay": 0.3}, "--decay and --decay-every are of --schedule steps, not of cosine"),
+        ({"schedule": "steps", "decay_every": 0}, "--decay-every must be positive"),
         ({"clip": -1.0}, "--clip"),
     ],
 )

@@ -1,4 +1,4 @@
-"""A few-shot predictor as one ONNX file: the support travels with every call, so new classes need no new model.
+"""`smidgen fewshot export`: a few-shot predictor as one ONNX file; the support travels with every call, so new classes need no new model.
 
     support_images   float32 (support, *image)     as the backbone reads them: (channels, height, width) in [0, 1], or features
     support_labels   float32 (support, ways)       one-hot rows
@@ -16,30 +16,176 @@ calibration tasks. The graph module of TPN and the heads stay float: a rounding 
 
 import copy
 import tempfile
+import time
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from cyclopts import Parameter
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from smidgen.errors import UserError
-from smidgen.fewshot.episodes import Episode
+from smidgen.fewshot.data import GLYPHS, load_images, shape_of
+from smidgen.fewshot.episodes import Episode, Sampler
 from smidgen.fewshot.methods.propagation import Propagating, doubling
 from smidgen.fewshot.methods.prototypes import ProtoNet, one_hot
+from smidgen.fewshot.models import Description, describe, load, trained_folder
+from smidgen.run import Run
 
 if TYPE_CHECKING:
     import onnx
+    import onnxruntime
 
+MODEL = "model.onnx"
 INPUTS = ("support_images", "support_labels", "query_images")
 OUTPUT = "probabilities"
 SCOPES = "pkg.torch.onnx.name_scopes"  # metadata of a node: the modules it comes from
 QUANTIZED = ("Conv", "Gemm", "MatMul")
 Exportable = ProtoNet | Propagating
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Config:
+    """Options of `smidgen fewshot export`."""
+
+    model: Path
+    "A run of smidgen fewshot train, or the folder trained in it."
+    _: KW_ONLY
+    to: Literal["onnx"] = "onnx"
+    "For ONNX Runtime, and whatever else reads ONNX."
+    bits: int | None = None
+    "8: the backbone in eight bits, its ranges from tasks of --data; none: as it is."
+    data: str | None = None
+    "Images to calibrate on and to compare with torch on, as for training; none: compared on noise."
+    calibration_split: str = "train"
+    "Its classes that ranges are taken from."
+    split: str = "test"
+    "Its classes that accuracy is compared on."
+    calibration: int = 16
+    "Tasks that ranges are taken from."
+    episodes: int = 100
+    "Tasks that accuracy is compared on."
+    queries: int = 15
+    "Images of each class to be classified in these tasks."
+    output: Path | None = None
+    "Folder of the run; by default a new one under runs/fewshot/export."
+    seed: int = 0
+    "Chooses the tasks."
+
+    def check(self) -> None:
+        """Refuses what cannot work."""
+        for name, value in (("calibration", self.calibration), ("episodes", self.episodes), ("queries", self.queries)):
+            if value < 1:
+                raise UserError(f"--{name} must be positive, got {value}")
+        if self.bits == 8 and self.data is None:
+            raise UserError("--bits 8 takes the ranges of activations from real images: give some with --data, such as those trained on")
+
+
+def command(config: Config) -> dict[str, Any]:
+    """Write a trained method as one file that a device runs, and measure that file."""
+    with Run("fewshot export", config, config.output, f"{config.model.name}-{config.to}") as run:
+        return main(config, run)
+
+
+def main(config: Config, run: Run) -> dict[str, Any]:
+    """Load, write, read back, compare, time."""
+    config.check()
+    folder = trained_folder(config.model)
+    described, method = describe(folder), exportable(load(folder))
+    calibration, tests = drawn(config, described)
+    artifact = run.partial("artifact")
+    written = export(method, artifact / MODEL, calibration, config.bits)
+    session = opened(written.path)
+    predictor, feeds = Predictor(copy.deepcopy(method)).eval(), [feed for episode in tests for feed in tasks(episode)]
+    ours, theirs = answers(predictor, session, run.track(feeds, "tasks", len(feeds)))
+    deviation, agreement = difference(ours, theirs)
+    milliseconds = latency(session, feeds[0])
+    run.keep(artifact)
+    figures = {} if config.data is None else {"accuracy": right(theirs, tests), "accuracy_torch": right(ours, tests)}
+    return run.finish(
+        **figures,
+        deviation=deviation,
+        agreement=agreement,
+        size_bytes=written.size_bytes,
+        latency_ms_per_image=milliseconds / sum(len(feeds[0][name]) for name in ("support_images", "query_images")),
+        latency_ms_per_task=milliseconds,
+        task_images=[len(feeds[0][name]) for name in ("support_images", "query_images")],
+        bits=config.bits or 32,
+        episodes=len(feeds),
+        method=described.name,
+        ways=described.ways,
+        data=config.data or "noise",
+        model=str(config.model),
+        artifact=str(run.folder / "artifact" / MODEL),
+        seed=config.seed,
+    )
+
+
+def drawn(config: Config, described: Description) -> tuple[list[Episode], list[Episode]]:
+    """Tasks to calibrate on and tasks to compare on, of the size trained on; any-shot ones with 5 shots."""
+    shots = described.shots if isinstance(described.shots, int) else 5
+    if config.data is None:
+        random = torch.Generator().manual_seed(config.seed)
+        y = [torch.arange(described.ways).repeat_interleave(n)[None] for n in (shots, config.queries)]
+        x = [torch.rand(1, part.shape[1], *described.shape, generator=random) for part in y]
+        noise = [Episode(x[0], y[0], x[1], y[1], described.ways)]
+        return noise, noise
+    channels, height, _ = described.shape
+    counts = {config.calibration_split: config.calibration, config.split: config.episodes}
+    sets = {split: load_images(config.data, split, *((None, None) if config.data == GLYPHS else (height, channels))) for split in counts}
+    for images in sets.values():
+        described.check(shape_of(images), config.data)
+    samplers = {split: Sampler(images, described.ways, shots, config.queries, seed=config.seed) for split, images in sets.items()}
+    calibration, tests = ([samplers[split](i) for i in range(count)] for split, count in counts.items())
+    return calibration, tests
+
+
+def answers(
+    predictor: "Predictor", session: "onnxruntime.InferenceSession", feeds: Iterable[dict[str, np.ndarray]]
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Probabilities of every task's queries, by torch and by the file."""
+    ours, theirs = [], []
+    for feed in feeds:
+        with torch.no_grad():
+            ours.append(predictor(*(torch.from_numpy(feed[name]) for name in INPUTS)).numpy())
+        theirs.append(np.asarray(session.run([OUTPUT], feed)[0]))
+    return ours, theirs
+
+
+def difference(ours: list[np.ndarray], theirs: list[np.ndarray]) -> tuple[float, float]:
+    """Largest difference of a probability, and the share of queries that get the same class."""
+    pairs = list(zip(ours, theirs, strict=True))
+    agreed = np.concatenate([a.argmax(-1) == b.argmax(-1) for a, b in pairs])
+    return max(float(np.abs(a - b).max()) for a, b in pairs), float(agreed.mean())
+
+
+def right(found: list[np.ndarray], episodes: list[Episode]) -> float:
+    """Accuracy, mean over tasks."""
+    truth = [episode.query_y[0].numpy() for episode in episodes]
+    return float(np.mean([(p.argmax(-1) == y).mean() for p, y in zip(found, truth, strict=True)]))
+
+
+def latency(session: "onnxruntime.InferenceSession", feed: dict[str, np.ndarray], seconds: float = 1.0) -> float:
+    """Milliseconds of a call, the median of as many as fit into the time, three to warm up not counted."""
+    taken: list[float] = []
+    while len(taken) < 6 or sum(taken) < seconds:
+        started = time.perf_counter()
+        session.run([OUTPUT], feed)
+        taken.append(time.perf_counter() - started)
+    return 1000 * float(np.median(taken[3:]))
+
+
+def opened(path: Path) -> "onnxruntime.InferenceSession":
+    """In the runtime, on the processor."""
+    import onnxruntime
+
+    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
 
 @dataclass(frozen=True)
@@ -88,10 +234,7 @@ def export(method: nn.Module, path: Path, episodes: Sequence[Episode], bits: int
     `episodes` give the shape of images; with `bits` 8 they are calibration data too, so let there be some ten tasks of real images.
     The method is left as it was; what is written is its evaluation mode.
     """
-    if not isinstance(method, ProtoNet | Propagating):
-        raise UserError(
-            f"a {type(method).__name__} cannot be exported to ONNX: its prediction is not a backbone with a head in closed form"
-        )
+    method = exportable(method)
     if bits not in (None, 8):
         raise UserError(f"the backbone is exported in float or 8 bits, not {bits}")
     feeds = [feed for episode in episodes for feed in tasks(episode)]
@@ -99,7 +242,7 @@ def export(method: nn.Module, path: Path, episodes: Sequence[Episode], bits: int
         raise UserError("an export needs at least one episode, for the shape of its images")
     try:
         import onnx
-        import onnxruntime
+        import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401 (torch imports it late)
     except ImportError as error:
         raise UserError(f"exporting to ONNX needs the package {error.name}: pip install onnx onnxscript onnxruntime") from error
@@ -113,15 +256,15 @@ def export(method: nn.Module, path: Path, episodes: Sequence[Episode], bits: int
         model = quantized(model, feeds)
     path.parent.mkdir(parents=True, exist_ok=True)
     onnx.save(model, path)
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    worst, same, count = 0.0, 0, 0
-    for feed in feeds:
-        with torch.no_grad():
-            ours = predictor(*(torch.from_numpy(feed[name]) for name in INPUTS)).numpy()
-        theirs = np.asarray(session.run([OUTPUT], feed)[0])
-        worst = max(worst, float(np.abs(ours - theirs).max()))
-        same, count = same + int((ours.argmax(-1) == theirs.argmax(-1)).sum()), count + len(ours)
-    return Exported(path, path.stat().st_size, worst, same / count)
+    ours, theirs = answers(predictor, opened(path), feeds)
+    return Exported(path, path.stat().st_size, *difference(ours, theirs))
+
+
+def exportable(method: nn.Module) -> Exportable:
+    """The method, if a file can hold it."""
+    if isinstance(method, ProtoNet | Propagating):
+        return method
+    raise UserError(f"a {type(method).__name__} cannot be exported to ONNX: its prediction is not a backbone with a head in closed form")
 
 
 def tasks(episode: Episode) -> list[dict[str, np.ndarray]]:

@@ -13,7 +13,7 @@ classes, then the network that weighs them, from tasks of the other fifth, which
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -225,7 +225,7 @@ def validating(config: Config, sets: Sequence[Images]) -> Tasks:
 
 def made(config: Config, sets: list[Images], held: list[Images], run: Run, device: torch.device) -> tuple[nn.Module, Description, Tasks]:
     """A method, its description and the tasks it is still to be trained on."""
-    shape, options = shape_of(sets[0]), dict(config.option)
+    shape, options = shape_of(sets[0]), dict[str, Any](config.option)
     trained: Sequence[Path] = [trained_folder(folder) for folder in config.members]
     if config.method == "mxml" and not trained:
         sets, rest = ([part[i] for part in (held_out(images, SHARE) for images in sets)] for i in range(2))
@@ -285,7 +285,7 @@ class Training(nn.Module):
     def __init__(self, method: nn.Module) -> None:
         super().__init__()
         self.method = method
-        self.graphs: tuple[nn.Module, ...] = ()  # in a tuple, or its parameters would be there twice
+        self.graphs: tuple[Callable[..., Tensor], ...] = ()  # in a tuple, or its parameters would be there twice
 
     def forward(self, episode: Episode) -> Float[Tensor, ""]:
         """Mean over tasks."""
@@ -299,7 +299,7 @@ class Training(nn.Module):
         A small network starts a thousand kernels per update, which takes longer than they run; two graphs start them all.
         """
         example = episode.support_x, episode.support_y, episode.query_x, episode.query_y
-        self.graphs = (torch.cuda.make_graphed_callables(_Plain(self.method, episode.ways), example),)
+        self.graphs = (torch.cuda.make_graphed_callables(_Plain(self.method, episode.ways), example),)  # pyright: ignore  a module
 
 
 class _Plain(nn.Module):
