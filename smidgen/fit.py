@@ -22,7 +22,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -74,6 +74,12 @@ class FitConfig:
     "Of torch's random numbers."
     resume: Path | None = None
     "A checkpoint to go on from, or the folder of its run."
+
+    @classmethod
+    def of(cls, options: Any, **others: Any) -> "FitConfig":
+        """Of a command's options: those that have the names above, and `others` instead of or beside them."""
+        known = {f.name for f in fields(cls)}
+        return cls(**{name: value for name, value in vars(options).items() if name in known} | others)
 
     def check(self, evaluates: bool) -> None:
         """Refuses what cannot work."""

@@ -1,0 +1,120 @@
+"""Static ranges that clip, found block by block: by what the layers that read a tensor return, not by the tensor itself.
+
+Some tokens of a decoder carry a few huge activations (Sun et al., arXiv 2402.17762): the first of a text, in two or three channels,
+a thousand times what all others are. Minimum and maximum then leave other tokens one or two codes, and so does the range of least squared
+error, since one huge value clipped costs more than all others lost. But a norm follows: what the block makes of that token only has to
+point where it did. So errors are counted relative to the token's own output,
+
+    min_(p, q)  mean_t |W (Q(u_t; p low, q high) - u_t)|^2 / |W u_t|^2        u = alpha x,  W: the layers that read u, divided by alpha
+
+with low, high the mean extremes of the batches and p, q <= 1 searched in turn, the farther end first: by halves of octaves down to 1/64,
+then finer. A row of W gets the scale of least squared error, each column weighed by the same mean of u^2. The search is ours.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from smidgen.grid import Narrow
+from smidgen.quant.ranges import fake_quantize
+from smidgen.quant.simulate import Activation, QuantLinear, activations_of, set_mode, unquantized
+from smidgen.quant.transforms.alpha import Adapted
+
+ROWS = 512  # tokens that errors are measured on, about
+COARSE = [2 ** (-i / 2) for i in range(13)]
+FINE = [2 ** (i / 8) for i in (3, 2, 1, 0, -1, -2, -3)]  # times the best of them
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Ranges alone, or after another method's factors."""
+
+    first: Callable[[Adapted], dict[str, float]] | None = None
+
+    def __call__(self, block: Adapted) -> dict[str, float]:
+        """Sets the reach of every activation and weight; returns the error before."""
+        row = {"error_before": block.error()} if self.first is None else self.first(block)
+        clip(block)
+        return row
+
+
+@torch.no_grad()
+def clip(block: Adapted) -> None:
+    """Sets the reach of every activation and weight of a block; a later call starts anew."""
+    seen = watched(block)
+    for _, activation in activations_of(block.layers):
+        readers = [quant for quant in block.layers.values() if quant.activation is activation]
+        u, weights, low, high = seen[activation]
+        w = torch.cat([quant.scaled_weight().float() for quant in readers])
+        y = (u @ w.T).square().sum(1)
+        share = weights / weights.sum() / torch.where(y > 0, y, torch.inf)
+        p, q = searched(u, w, share, low, high, activation.bits)
+        activation.reach = nn.Parameter(u.new_tensor([p, q]).log())
+        for quant in readers:
+            quant.shrink = nn.Parameter(shrink(quant, share @ u.square()))
+
+
+def searched(
+    u: Float[Tensor, "n in"], w: Float[Tensor, "out in"], share: Float[Tensor, "n"], low: Tensor, high: Tensor, bits: int
+) -> tuple[float, float]:
+    """p and q with the least sum of share_t |W (Q(u_t) - u_t)|^2."""
+    w = torch.linalg.qr(w, mode="r").R if len(w) > w.shape[1] else w  # as long, and smaller
+    top = 2**bits - 1
+
+    def error(p: float, q: float) -> float:
+        ends = p * low.clamp(max=0), q * high.clamp(min=0)
+        scale = ((ends[1] - ends[0]) / top).clamp(min=torch.finfo(torch.float32).tiny)
+        e = fake_quantize(u, scale, (-ends[0] / scale).round(), top) - u
+        return float((e @ w.T).square().sum(1) @ share)
+
+    best = [1.0, 1.0]
+    for ratios in (COARSE, FINE):
+        for end in (1, 0) if high >= -low else (0, 1):
+            tried = [[r, best[1]] if end == 0 else [best[0], r] for r in (min(1.0, best[end] * ratio) for ratio in ratios)]
+            best = min(tried, key=lambda ends: error(*ends))
+    return best[0], best[1]
+
+
+def shrink(quant: QuantLinear, cost: Float[Tensor, "in"]) -> Float[Tensor, "out groups 1"]:
+    """Logarithm of the best clip ratio of every row, given what an error in a column costs."""
+    w = quant.scaled_weight().float()
+    largest = quant.grouped().float().abs().amax(-1)
+    grid = Narrow(quant.scheme.weights, quant.scheme.group, symmetric=True)
+    scale, _ = grid.fit(w, cost)
+    return torch.where(largest > 0, scale * grid.middle / largest, 1.0).log()[..., None]
+
+
+Seen = tuple[Float[Tensor, "n in"], Float[Tensor, "n"], Float[Tensor, ""], Float[Tensor, ""]]
+
+
+def watched(block: Adapted) -> dict[Activation, Seen]:
+    """Of every activation, in the float block: some tokens' values, how many tokens each stands for, and the mean extremes of the batches.
+
+    The first token of a text is always among them, and stands for itself.
+    """
+    rows: dict[Activation, list[tuple[Tensor, ...]]] = {}
+    count = max(2, ROWS // (block.targets.shape[0] * block.targets.shape[1]))
+
+    def watch(quant: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(quant, QuantLinear)
+        factors, x = quant.factors(), inputs[0].float()
+        u = x if factors is None else x * factors
+        length = u.shape[-2]
+        chosen = torch.linspace(0, length - 1, min(count, length), device=u.device).long()
+        stands = torch.full((len(chosen),), (length - 1) / max(1, len(chosen) - 1), device=u.device)
+        stands[0] = 1.0
+        picked = u[..., chosen, :]
+        rows.setdefault(quant.activation, []).append((picked.flatten(0, -2), stands.expand(picked.shape[:-1]).flatten(), u.min(), u.max()))
+
+    handles = [block.layers[name].register_forward_pre_hook(watch) for name, _ in activations_of(block.layers)]
+    with unquantized(block.layers):
+        for i in range(len(block.targets)):
+            block.forward(i)
+    set_mode(block.layers, block.mode)
+    for handle in handles:
+        handle.remove()
+    found = {activation: tuple(zip(*parts, strict=True)) for activation, parts in rows.items()}
+    return {a: (torch.cat(u), torch.cat(n), torch.stack(low).mean(), torch.stack(high).mean()) for a, (u, n, low, high) in found.items()}
