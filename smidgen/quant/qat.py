@@ -45,6 +45,7 @@ from smidgen.quant.simulate import QuantLinear, Scheme, activations_of
 from smidgen.quant.starts import FACTORS, Method, Start
 from smidgen.quant.trained import TRAINED, save
 from smidgen.quant.transforms import alpha
+from smidgen.quant.transforms.quadapter import Quadapter
 from smidgen.run import Run
 from smidgen.texts import windows
 
@@ -132,6 +133,7 @@ class Config:
     "Where to compute."
     seed: int = 0
     "Chooses and orders the windows."
+    quadapter: Quadapter = Quadapter(init="smoothquant")
 
     def check(self) -> None:
         """Refuses what cannot work."""
@@ -224,7 +226,7 @@ def simulated(
     config: Config, source: Checkpoint, model: PreTrainedModel, tokens: Int[Tensor, "n length"], run: Run
 ) -> dict[str, QuantLinear]:
     """Simulates the model with factors, if any are asked for, folded, and with learned ranges of inputs and weights."""
-    start = Start(config.start, config.sites)
+    start = Start(config.start, config.sites, quadapter=config.quadapter)
     factors = start.factors(source, tokens, config.scheme(), run, model.device, config.factors)
     layers = start.simulated(model, tokens, config.scheme(), factors, config.ranges, config.link)
     alpha.fold(model, layers, torch.float32)

@@ -13,6 +13,7 @@ then finer. A row of W gets the scale of least squared error, each column weighe
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from jaxtyping import Float
@@ -43,8 +44,10 @@ class Clip:
 
 @torch.no_grad()
 def clip(block: Adapted) -> None:
-    """Sets the reach of every activation and weight of a block; a later call starts anew."""
+    """Sets the reach of every activation and weight of a block, or of one kind alone, or of none if that makes the least error."""
     seen = watched(block)
+    reaches: dict[Activation, nn.Parameter] = {}
+    shrinks: dict[QuantLinear, nn.Parameter] = {}
     for _, activation in activations_of(block.layers):
         readers = [quant for quant in block.layers.values() if quant.activation is activation]
         u, weights, low, high = seen[activation]
@@ -52,9 +55,17 @@ def clip(block: Adapted) -> None:
         y = (u @ w.T).square().sum(1)
         share = weights / weights.sum() / torch.where(y > 0, y, torch.inf)
         p, q = searched(u, w, share, low, high, activation.bits)
-        activation.reach = nn.Parameter(u.new_tensor([p, q]).log())
-        for quant in readers:
-            quant.shrink = nn.Parameter(shrink(quant, share @ u.square()))
+        reaches[activation] = nn.Parameter(u.new_tensor([p, q]).log())
+        shrinks |= {quant: nn.Parameter(shrink(quant, share @ u.square())) for quant in readers}
+
+    def put(inputs: bool, weights: bool) -> float:
+        for activation, reach in reaches.items():
+            activation.reach = reach if inputs else nn.Parameter(torch.zeros_like(reach))
+        for quant, ratio in shrinks.items():
+            quant.shrink = ratio if weights else nn.Parameter(torch.zeros_like(ratio))
+        return block.error()
+
+    put(*min(product((True, False), repeat=2), key=lambda kinds: put(*kinds)))
 
 
 def searched(
