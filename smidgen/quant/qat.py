@@ -133,7 +133,7 @@ class Config:
     "Where to compute."
     seed: int = 0
     "Chooses and orders the windows."
-    quadapter: Quadapter = Quadapter(init="smoothquant")
+    quadapter: Quadapter = Quadapter(init="search")
 
     def check(self) -> None:
         """Refuses what cannot work."""

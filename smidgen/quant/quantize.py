@@ -111,7 +111,7 @@ class Config:
     gptq: GPTQ = GPTQ()
     boa: BOA = BOA()
     aespa: AESPA = AESPA()
-    quadapter: Quadapter = Quadapter(init="smoothquant")
+    quadapter: Quadapter = Quadapter(init="search")
     smoothquant: SmoothQuant = SmoothQuant()
 
     def solver(self, known: bool = True) -> RTN | GPTQ:

@@ -39,7 +39,7 @@ class Start:
     clip: bool = False
     "Ranges that clip after smoothquant or equalize, too."
     smoothquant: SmoothQuant = SmoothQuant()
-    quadapter: Quadapter = Quadapter(init="smoothquant")
+    quadapter: Quadapter = Quadapter(init="search")
 
     def factors(
         self,

@@ -50,7 +50,7 @@ ABSENT = {
     "product": "its MLP is not gated",
     "relu": "only a relu passes positive factors on, and there is none between two of its layers (GELU does not)",
 }
-TINY = 1e-9  # of the mean square of all tokens: a token that is all zeros has an error too
+TINY = 1e-6  # of the mean size: a token that is all zeros has an error too
 SMALLEST = 1e-5  # of a largest absolute value, so that channels of zeros have logarithms
 
 
@@ -135,7 +135,8 @@ class Adapted:
     "The float block's outputs."
     mode: Mode
     relative: bool = True
-    "Whether every token counts by its own size: a norm follows, and a few tokens are a thousand times as large as the others."
+    """Whether a token's squared error is divided by its size |Y_t|. Some tokens, a text's first above all, are a hundred times as large as
+    the others: what follows is normed, so their squared errors must not count for 10,000; but they are what attention rests on."""
 
     def forward(self, batch: int) -> Float[Tensor, "batch length width"]:
         """The simulated block, differentiable, in float32: bfloat16's 8 bits would round as coarsely as the quantizers."""
@@ -143,12 +144,12 @@ class Adapted:
         return out[0] if isinstance(out, tuple) else out
 
     def loss(self, batch: int) -> Float[Tensor, ""]:
-        """Mean squared error of the outputs; of a token over its mean square where tokens count alike, times that of all tokens."""
+        """Mean squared error of the outputs; a token's over its own size, if `relative`, times the mean size of all."""
         error = (self.forward(batch) - self.targets[batch]).square()
         if not self.relative:
             return error.mean()
-        own = self.targets[batch].square().mean(-1, keepdim=True)
-        return self.energy * (error / own.clamp(min=TINY * self.energy)).mean()
+        size = self.sizes[batch, ..., None]
+        return (self.sizes.mean() * error / size.clamp(min=TINY * self.sizes.mean())).mean()
 
     @torch.no_grad()
     def error(self) -> float:
@@ -161,6 +162,11 @@ class Adapted:
         """What may be learned of ranges: of activations and of weights, where they clip."""
         found = [activation.reach for _, activation in activations_of(self.layers)] + [quant.shrink for quant in self.layers.values()]
         return [p for p in found if p is not None]
+
+    @cached_property
+    def sizes(self) -> Float[Tensor, "batches batch length"]:
+        """Root mean square of what every token should become."""
+        return self.targets.square().mean(-1).sqrt()
 
     @cached_property
     def energy(self) -> float:

@@ -1,14 +1,15 @@
 """Static ranges that clip, found block by block: by what the layers that read a tensor return, not by the tensor itself.
 
 Some tokens of a decoder carry a few huge activations (Sun et al., arXiv 2402.17762): the first of a text, in two or three channels,
-a thousand times what all others are. Minimum and maximum then leave other tokens one or two codes, and so does the range of least squared
-error, since one huge value clipped costs more than all others lost. But a norm follows: what the block makes of that token only has to
-point where it did. So errors are counted relative to the token's own output,
+a hundred times what all others are. Minimum and maximum then leave other tokens few codes, and so does the range of least squared error,
+since one huge value clipped costs more than all others lost. What the block returns is normed before it is read, so a token's error counts
+relative to its size |Y_t|; but attention rests on these tokens, so the larger count for more, in proportion:
 
-    min_(p, q)  mean_t |W (Q(u_t; p low, q high) - u_t)|^2 / |W u_t|^2        u = alpha x,  W: the layers that read u, divided by alpha
+    min_(p, q)  sum_t |W (Q(u_t; p low, q high) - u_t)|^2 / |Y_t|             u = alpha x,  W: the layers that read u, divided by alpha
 
 with low, high the mean extremes of the batches and p, q <= 1 searched in turn, the farther end first: by halves of octaves down to 1/64,
-then finer. A row of W gets the scale of least squared error, each column weighed by the same mean of u^2. The search is ours.
+then finer. Where W does not write to the residual stream, |Y_t|^2 in |.|^2 / |Y_t|^2 |Y_t| is |W u_t|^2 instead. A row of W gets the
+scale of least squared error, each column weighed by the mean of u^2 under the same weights. The search and its weights are ours.
 """
 
 from collections.abc import Callable
@@ -45,15 +46,15 @@ class Clip:
 @torch.no_grad()
 def clip(block: Adapted) -> None:
     """Sets the reach of every activation and weight of a block, or of one kind alone, or of none if that makes the least error."""
-    seen = watched(block)
+    seen, (stands, sizes) = watched(block)
+    residual = {block.layers[name] for name in (block.block.family.residual if block.block.family else ())}
     reaches: dict[Activation, nn.Parameter] = {}
     shrinks: dict[QuantLinear, nn.Parameter] = {}
-    for _, activation in activations_of(block.layers):
+    for activation, (u, low, high) in seen.items():
         readers = [quant for quant in block.layers.values() if quant.activation is activation]
-        u, weights, low, high = seen[activation]
         w = torch.cat([quant.scaled_weight().float() for quant in readers])
         y = (u @ w.T).square().sum(1)
-        share = weights / weights.sum() / torch.where(y > 0, y, torch.inf)
+        share = stands / sizes if residual.issuperset(readers) else stands * sizes / torch.where(y > 0, y, torch.inf)
         p, q = searched(u, w, share, low, high, activation.bits)
         reaches[activation] = nn.Parameter(u.new_tensor([p, q]).log())
         shrinks |= {quant: nn.Parameter(shrink(quant, share @ u.square())) for quant in readers}
@@ -98,34 +99,33 @@ def shrink(quant: QuantLinear, cost: Float[Tensor, "in"]) -> Float[Tensor, "out 
     return torch.where(largest > 0, scale * grid.middle / largest, 1.0).log()[..., None]
 
 
-Seen = tuple[Float[Tensor, "n in"], Float[Tensor, "n"], Float[Tensor, ""], Float[Tensor, ""]]
+Seen = tuple[Float[Tensor, "n in"], Float[Tensor, ""], Float[Tensor, ""]]
 
 
-def watched(block: Adapted) -> dict[Activation, Seen]:
-    """Of every activation, in the float block: some tokens' values, how many tokens each stands for, and the mean extremes of the batches.
+def watched(block: Adapted) -> tuple[dict[Activation, Seen], tuple[Float[Tensor, "n"], Float[Tensor, "n"]]]:
+    """Some tokens of the float block: every activation's values and mean extremes; how many tokens each stands for, and |Y_t|.
 
     The first token of a text is always among them, and stands for itself.
     """
-    rows: dict[Activation, list[tuple[Tensor, ...]]] = {}
-    count = max(2, ROWS // (block.targets.shape[0] * block.targets.shape[1]))
+    batches, windows, length = block.sizes.shape
+    chosen = torch.linspace(0, length - 1, min(length, max(2, ROWS // (batches * windows))), device=block.sizes.device).long()
+    stands = torch.full((len(chosen),), (length - 1) / max(1, len(chosen) - 1), device=block.sizes.device)
+    stands[0] = 1.0
+    rows: dict[Activation, list[tuple[Tensor, Tensor, Tensor]]] = {}
 
     def watch(quant: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         assert isinstance(quant, QuantLinear)
         factors, x = quant.factors(), inputs[0].float()
         u = x if factors is None else x * factors
-        length = u.shape[-2]
-        chosen = torch.linspace(0, length - 1, min(count, length), device=u.device).long()
-        stands = torch.full((len(chosen),), (length - 1) / max(1, len(chosen) - 1), device=u.device)
-        stands[0] = 1.0
-        picked = u[..., chosen, :]
-        rows.setdefault(quant.activation, []).append((picked.flatten(0, -2), stands.expand(picked.shape[:-1]).flatten(), u.min(), u.max()))
+        rows.setdefault(quant.activation, []).append((u[..., chosen, :].flatten(0, -2), u.min(), u.max()))
 
     handles = [block.layers[name].register_forward_pre_hook(watch) for name, _ in activations_of(block.layers)]
     with unquantized(block.layers):
-        for i in range(len(block.targets)):
+        for i in range(batches):
             block.forward(i)
     set_mode(block.layers, block.mode)
     for handle in handles:
         handle.remove()
-    found = {activation: tuple(zip(*parts, strict=True)) for activation, parts in rows.items()}
-    return {a: (torch.cat(u), torch.cat(n), torch.stack(low).mean(), torch.stack(high).mean()) for a, (u, n, low, high) in found.items()}
+    parts = {activation: tuple(zip(*found, strict=True)) for activation, found in rows.items()}
+    seen = {a: (torch.cat(u), torch.stack(low).mean(), torch.stack(high).mean()) for a, (u, low, high) in parts.items()}
+    return seen, (stands.repeat(batches * windows), block.sizes[..., chosen].flatten().clamp(min=torch.finfo(torch.float32).tiny))

@@ -4,12 +4,10 @@ Phase 1, block by block, independently: the inputs X and the outputs Y of the fl
 
     min_a  mean (f_a(X) - Y)^2      f_a: the block with quantized activations and weights, factors alpha = exp(a) at its sites
 
-(of every token relative to its own |Y|^2, unless asked otherwise: a few tokens are a thousand times as large as the others, see clip.py)
-
-is descended by Adam on a, and on how far ranges reach. Ranges are the batch's minimum and maximum inside the graph, times exp(reach) where
-they may clip: with ranges detached all that reaches a from values in range is rounding noise. The weights' scales follow W / alpha the
-same way. Per site, with u = alpha x, u^ = Q_a(u),
-w' = W / alpha, w^ = Q_w(w'), G = dL/dy, G_u = G w^, G_w = G^T u^,
+is descended by Adam on a, and on how far ranges reach; a token's error is divided by its size |Y_t|, since some are a hundred times as
+large as the others (clip.py). Ranges are the batch's minimum and maximum inside the graph, times exp(reach) where they may clip: with
+ranges detached all that reaches a from values in range is rounding noise. The weights' scales follow W / alpha the same way.
+Per site, with u = alpha x, u^ = Q_a(u), w' = W / alpha, w^ = Q_w(w'), G = dL/dy, G_u = G w^, G_w = G^T u^,
 
     dL/da_j = sum_t G_u [in] u - sum_o G_w w' + u_max [j attains it] sum G_u du^/dhigh + u_min [j attains it] sum G_u du^/dlow
               - sum over rows o whose largest weight is in column j of |w'_oj| / Q sum_j' G_w e_w
@@ -33,6 +31,7 @@ from smidgen.quant.ranges import Kind, Link
 from smidgen.quant.simulate import QuantLinear, activations_of
 from smidgen.quant.transforms.alpha import Adapted
 from smidgen.quant.transforms.clip import clip
+from smidgen.quant.transforms.outliers import Outliers
 from smidgen.quant.transforms.smoothquant import SmoothQuant
 
 EPSILON = 1e-15  # of Adam: the size of a block's outputs is not to matter
@@ -45,9 +44,10 @@ class Quadapter:
     steps: int = 800
     "Adam steps per block."
     learning_rate: float = 0.02
-    "Of a, relative therefore; falls to 0 along a cosine. From init smoothquant, and of ranges, a quarter of it."
-    init: Literal["ones", "smoothquant"] = "ones"
-    "Where factors start; smoothquant: at the best t, than which the end is never worse."
+    "Of a, relative therefore; falls to 0 along a cosine. From another init than ones, and of ranges, a quarter of it."
+    init: Literal["ones", "smoothquant", "search"] = "ones"
+    """Where factors start: at the best t of SmoothQuant for all sites of the block; search: at the better of its t and of the thresholds of
+    Outlier Suppression+, site by site. The end is never worse."""
     clip: bool = True
     "Ranges may clip: their reach is searched after the start (clip.py) and learned beside the factors."
     seed: int = 0
@@ -62,9 +62,11 @@ class Quadapter:
     def __call__(self, block: Adapted) -> dict[str, float]:
         """Learns a at every site; where that ends worse than it started, the start is kept. Returns the error before."""
         before, rate = block.error(), self.learning_rate
-        if self.init == "smoothquant":
+        if self.init != "ones":
             SmoothQuant()(block)
             rate /= 4
+        if self.init == "search":
+            Outliers(migration=SmoothQuant().migration)(block)
         if self.clip:
             clip(block)
         factors, reaches = [site.a for site in block.sites], block.reaches()
