@@ -81,7 +81,7 @@ def toy(width=256, out=512, scheme=W8A8, double=False):
     if double:
         module.double()
     hidden = (module.h.double() if double else module.h)[None, None]
-    return adapted(Block("toy", 0, module, hidden, {}, TOY, torch.float32), scheme, ("norm",), relative=False)
+    return adapted(Block("toy", 0, module, hidden, {}, TOY, torch.float32), scheme, ("norm",))
 
 
 def relative(block):

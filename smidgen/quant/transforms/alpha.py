@@ -50,7 +50,6 @@ ABSENT = {
     "product": "its MLP is not gated",
     "relu": "only a relu passes positive factors on, and there is none between two of its layers (GELU does not)",
 }
-TINY = 1e-6  # of the mean size: a token that is all zeros has an error too
 SMALLEST = 1e-5  # of a largest absolute value, so that channels of zeros have logarithms
 
 
@@ -134,9 +133,6 @@ class Adapted:
     targets: Float[Tensor, "batches batch length width"] = field(repr=False)
     "The float block's outputs."
     mode: Mode
-    relative: bool = True
-    """Whether a token's squared error is divided by its size |Y_t|. Some tokens, a text's first above all, are a hundred times as large as
-    the others: what follows is normed, so their squared errors must not count for 10,000; but they are what attention rests on."""
 
     def forward(self, batch: int) -> Float[Tensor, "batch length width"]:
         """The simulated block, differentiable, in float32: bfloat16's 8 bits would round as coarsely as the quantizers."""
@@ -144,12 +140,8 @@ class Adapted:
         return out[0] if isinstance(out, tuple) else out
 
     def loss(self, batch: int) -> Float[Tensor, ""]:
-        """Mean squared error of the outputs; a token's over its own size, if `relative`, times the mean size of all."""
-        error = (self.forward(batch) - self.targets[batch]).square()
-        if not self.relative:
-            return error.mean()
-        size = self.sizes[batch, ..., None]
-        return (self.sizes.mean() * error / size.clamp(min=TINY * self.sizes.mean())).mean()
+        """Mean squared error of the outputs."""
+        return (self.forward(batch) - self.targets[batch]).square().mean()
 
     @torch.no_grad()
     def error(self) -> float:
@@ -162,11 +154,6 @@ class Adapted:
         """What may be learned of ranges: of activations and of weights, where they clip."""
         found = [activation.reach for _, activation in activations_of(self.layers)] + [quant.shrink for quant in self.layers.values()]
         return [p for p in found if p is not None]
-
-    @cached_property
-    def sizes(self) -> Float[Tensor, "batches batch length"]:
-        """Root mean square of what every token should become."""
-        return self.targets.square().mean(-1).sqrt()
 
     @cached_property
     def energy(self) -> float:
@@ -196,7 +183,7 @@ class Adapted:
         return [site.per_channel(columns) for site, columns in zip(self.sites, largest, strict=True)]
 
 
-def adapted(block: Block, scheme: Scheme, kinds: tuple[str, ...], relative: bool = True) -> Adapted:
+def adapted(block: Block, scheme: Scheme, kinds: tuple[str, ...]) -> Adapted:
     """Simulates a block, with a = 0 at its sites; `released` undoes it."""
     folds = legal(block, kinds)
     sources = [_source(block, fold) for fold in folds]
@@ -215,7 +202,7 @@ def adapted(block: Block, scheme: Scheme, kinds: tuple[str, ...], relative: bool
         consumers = [layers[name] for name in fold.after]
         _attach(consumers, a, source)
         sites.append(Site(fold, a, source, live, consumers, producer))
-    return Adapted(block, layers, sites, targets, mode, relative)
+    return Adapted(block, layers, sites, targets, mode)
 
 
 def released(adapted: Adapted) -> None:

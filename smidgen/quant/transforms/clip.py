@@ -1,15 +1,11 @@
 """Static ranges that clip, found block by block: by what the layers that read a tensor return, not by the tensor itself.
 
-Some tokens of a decoder carry a few huge activations (Sun et al., arXiv 2402.17762): the first of a text, in two or three channels,
-a hundred times what all others are. Minimum and maximum then leave other tokens few codes, and so does the range of least squared error,
-since one huge value clipped costs more than all others lost. What the block returns is normed before it is read, so a token's error counts
-relative to its size |Y_t|; but attention rests on these tokens, so the larger count for more, in proportion:
-
-    min_(p, q)  sum_t |W (Q(u_t; p low, q high) - u_t)|^2 / |Y_t|             u = alpha x,  W: the layers that read u, divided by alpha
+    min_(p, q)  sum_t |W (Q(u_t; p low, q high) - u_t)|^2             u = alpha x,  W: the layers that read u, divided by alpha
 
 with low, high the mean extremes of the batches and p, q <= 1 searched in turn, the farther end first: by halves of octaves down to 1/64,
-then finer. Where W does not write to the residual stream, |Y_t|^2 in |.|^2 / |Y_t|^2 |Y_t| is |W u_t|^2 instead. A row of W gets the
-scale of least squared error, each column weighed by the mean of u^2 under the same weights. The search and its weights are ours.
+then finer. A row of W gets the scale of least squared error, each column weighed by the mean of u^2. Errors of all tokens count alike:
+decoders carry a few huge activations (Sun et al., arXiv 2402.17762), of a text's first token above all, on which attention rests. Counted
+relative to the token's size they would be clipped, and the model lost (docs/activations.md). The search is ours.
 """
 
 from collections.abc import Callable
@@ -46,18 +42,15 @@ class Clip:
 @torch.no_grad()
 def clip(block: Adapted) -> None:
     """Sets the reach of every activation and weight of a block, or of one kind alone, or of none if that makes the least error."""
-    seen, (stands, sizes) = watched(block)
-    residual = {block.layers[name] for name in (block.block.family.residual if block.block.family else ())}
+    seen, stands = watched(block)
     reaches: dict[Activation, nn.Parameter] = {}
     shrinks: dict[QuantLinear, nn.Parameter] = {}
     for activation, (u, low, high) in seen.items():
         readers = [quant for quant in block.layers.values() if quant.activation is activation]
         w = torch.cat([quant.scaled_weight().float() for quant in readers])
-        y = (u @ w.T).square().sum(1)
-        share = stands / sizes if residual.issuperset(readers) else stands * sizes / torch.where(y > 0, y, torch.inf)
-        p, q = searched(u, w, share, low, high, activation.bits)
+        p, q = searched(u, w, stands, low, high, activation.bits)
         reaches[activation] = nn.Parameter(u.new_tensor([p, q]).log())
-        shrinks |= {quant: nn.Parameter(shrink(quant, share @ u.square())) for quant in readers}
+        shrinks |= {quant: nn.Parameter(shrink(quant, stands @ u.square())) for quant in readers}
 
     def put(inputs: bool, weights: bool) -> float:
         for activation, reach in reaches.items():
@@ -70,9 +63,9 @@ def clip(block: Adapted) -> None:
 
 
 def searched(
-    u: Float[Tensor, "n in"], w: Float[Tensor, "out in"], share: Float[Tensor, "n"], low: Tensor, high: Tensor, bits: int
+    u: Float[Tensor, "n in"], w: Float[Tensor, "out in"], stands: Float[Tensor, "n"], low: Tensor, high: Tensor, bits: int
 ) -> tuple[float, float]:
-    """p and q with the least sum of share_t |W (Q(u_t) - u_t)|^2."""
+    """p and q with the least sum over tokens, one for `stands` of them, of |W (Q(u_t) - u_t)|^2."""
     w = torch.linalg.qr(w, mode="r").R if len(w) > w.shape[1] else w  # as long, and smaller
     top = 2**bits - 1
 
@@ -80,7 +73,7 @@ def searched(
         ends = p * low.clamp(max=0), q * high.clamp(min=0)
         scale = ((ends[1] - ends[0]) / top).clamp(min=torch.finfo(torch.float32).tiny)
         e = fake_quantize(u, scale, (-ends[0] / scale).round(), top) - u
-        return float((e @ w.T).square().sum(1) @ share)
+        return float((e @ w.T).square().sum(1) @ stands)
 
     best = [1.0, 1.0]
     for ratios in (COARSE, FINE):
@@ -102,14 +95,14 @@ def shrink(quant: QuantLinear, cost: Float[Tensor, "in"]) -> Float[Tensor, "out 
 Seen = tuple[Float[Tensor, "n in"], Float[Tensor, ""], Float[Tensor, ""]]
 
 
-def watched(block: Adapted) -> tuple[dict[Activation, Seen], tuple[Float[Tensor, "n"], Float[Tensor, "n"]]]:
-    """Some tokens of the float block: every activation's values and mean extremes; how many tokens each stands for, and |Y_t|.
+def watched(block: Adapted) -> tuple[dict[Activation, Seen], Float[Tensor, "n"]]:
+    """Some tokens of the float block: every activation's values and mean extremes; and how many tokens each stands for.
 
     The first token of a text is always among them, and stands for itself.
     """
-    batches, windows, length = block.sizes.shape
-    chosen = torch.linspace(0, length - 1, min(length, max(2, ROWS // (batches * windows))), device=block.sizes.device).long()
-    stands = torch.full((len(chosen),), (length - 1) / max(1, len(chosen) - 1), device=block.sizes.device)
+    batches, windows, length = block.targets.shape[:3]
+    chosen = torch.linspace(0, length - 1, min(length, max(2, ROWS // (batches * windows))), device=block.targets.device).long()
+    stands = torch.full((len(chosen),), (length - 1) / max(1, len(chosen) - 1), device=block.targets.device)
     stands[0] = 1.0
     rows: dict[Activation, list[tuple[Tensor, Tensor, Tensor]]] = {}
 
@@ -128,4 +121,4 @@ def watched(block: Adapted) -> tuple[dict[Activation, Seen], tuple[Float[Tensor,
         handle.remove()
     parts = {activation: tuple(zip(*found, strict=True)) for activation, found in rows.items()}
     seen = {a: (torch.cat(u), torch.stack(low).mean(), torch.stack(high).mean()) for a, (u, low, high) in parts.items()}
-    return seen, (stands.repeat(batches * windows), block.sizes[..., chosen].flatten().clamp(min=torch.finfo(torch.float32).tiny))
+    return seen, stands.repeat(batches * windows)

@@ -4,9 +4,9 @@ Phase 1, block by block, independently: the inputs X and the outputs Y of the fl
 
     min_a  mean (f_a(X) - Y)^2      f_a: the block with quantized activations and weights, factors alpha = exp(a) at its sites
 
-is descended by Adam on a, and on how far ranges reach; a token's error is divided by its size |Y_t|, since some are a hundred times as
-large as the others (clip.py). Ranges are the batch's minimum and maximum inside the graph, times exp(reach) where they may clip: with
-ranges detached all that reaches a from values in range is rounding noise. The weights' scales follow W / alpha the same way.
+is descended by Adam on a, and on how far ranges reach (clip.py). Ranges are the batch's minimum and maximum inside the graph, times
+exp(reach) where they may clip: with ranges detached all that reaches a from values in range is rounding noise. The weights' scales follow
+W / alpha the same way.
 Per site, with u = alpha x, u^ = Q_a(u), w' = W / alpha, w^ = Q_w(w'), G = dL/dy, G_u = G w^, G_w = G^T u^,
 
     dL/da_j = sum_t G_u [in] u - sum_o G_w w' + u_max [j attains it] sum G_u du^/dhigh + u_min [j attains it] sum G_u du^/dlow
