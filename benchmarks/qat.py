@@ -1,11 +1,16 @@
 """Quantized activations: perplexity in and out of domain of every method, adapted on one text only.
 
-    python benchmarks/qat.py                                          # everything; hours on two cores, minutes on a GPU
-    python benchmarks/qat.py --settings w8a8 --methods min-max quadapter quadapter+finetune=200 --seeds 0
+    python benchmarks/qat.py                                     # everything; hours on two cores, about a minute a row on a GPU
+    python benchmarks/qat.py --settings w8a8 --seeds 0 --methods min-max quadapter quadapter+finetune=200
+    CUDA_VISIBLE_DEVICES=1 python benchmarks/qat.py --seeds 1 --results benchmarks/results/qat-1.csv &    # processes beside each other
 
-A method is one of `smidgen quantize --activations` (with options after +), qat:RANGES[:LINK] for quantization-aware training, kd:RANGES for
-the same with the float model as teacher. All see the same calibration windows; static activations, one range per tensor, inputs of o_proj
-and down_proj included; head, embeddings and softmax are not quantized. Rows go to benchmarks/results/qat.csv.
+A method is one of `smidgen quantize --activations`, or `qat` for quantization-aware training, with options of the command after +; FULL is
+every kind of site the family has. `float` is the model itself, `float+steps=200` the control: the same training without quantizers. With
+`smoothquant+t=best` one t for all blocks is chosen by the loss on the held-out part of the calibration text. Every method sees the same
+windows, of which an eighth is held out to choose and to stop by. Static inputs, one range per tensor, those of o_proj and down_proj
+included; weights with a scale per row; head, embeddings, norms, scores and softmax are not quantized. Products are float32, on CUDA TF32
+(11 bits, which hold an 8-bit code times its scale to a fifteenth of a step). Factors found once are used by every method that starts with
+them. Rows go to --results as they are finished; a row that is there already is not made again. benchmarks/qat_tables.py prints them.
 """
 
 import argparse
@@ -13,23 +18,45 @@ import csv
 import platform
 import re
 import subprocess
+import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 
+from smidgen.errors import UserError
+from smidgen.fit import FitConfig
+from smidgen.precision import pick_device
 from smidgen.quant import integers, qat
+from smidgen.quant.checkpoint import Checkpoint
+from smidgen.quant.evaluate import perplexity
+from smidgen.quant.qat import EXACT
 from smidgen.quant.quantize import Config
+from smidgen.quant.transforms.quadapter import Quadapter
+from smidgen.quant.transforms.smoothquant import SmoothQuant
 from smidgen.run import Run
+from smidgen.texts import windows
 
 RESULTS = Path(__file__).parent / "results" / "qat.csv"
 TEXTS = ["wikitext2_test", "shakespeare_dev"]
-COLUMNS = ["setting", "method", "seed", "seconds", *TEXTS, "steps", "windows", "commit", "machine", "date"]
+COLUMNS = [
+    "setting", "method", "seed", "seconds", *TEXTS, "held_out", "steps", "peak_gigabytes", "sequences", "length", "windows",
+    "commit", "machine", "date",
+]  # fmt: skip
+MIGRATIONS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+FULL = {"sites": ("norm", "heads", "product")}
 METHODS = [
-    "min-max", "mse", "smoothquant", "quadapter", "quadapter+finetune=200",
-    "qat:min-max", "qat:beta-gamma:exp", "qat:beta-gamma:identity", "qat:beta-gamma:sigmoid", "qat:scale-offset", "kd:min-max",
+    "float", "float+steps=200", "min-max", "mse", "clip", "smoothquant+t=best", "smoothquant+t=best+sites=FULL+clip=true",
+    "mse+rounding=gptq", "mse+rounding=boa", "mse+rounding=adaround",
+    "quadapter+sites=FULL", "quadapter+sites=FULL+finetune=200", "quadapter+sites=FULL+finetune=200+finetune_share=1",
+    "quadapter+sites=FULL+finetune=200+finetune_share=1+rounding=boa",
+    "qat+ranges=min-max", "qat+ranges=scale-offset", "qat+ranges=beta-gamma", "qat+ranges=beta-gamma+link=identity",
+    "qat+ranges=beta-gamma+link=sigmoid", "qat+ranges=min-max+start=clip", "qat+ranges=min-max+start=clip+teacher=self",
+    "qat+ranges=min-max+start=quadapter+sites=FULL",
 ]  # fmt: skip
 
 
@@ -41,13 +68,21 @@ def bits(setting: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def adapted(method: str, setting: str, seed: int, options: argparse.Namespace, folder: Path) -> dict:
-    """A method of `smidgen quantize --activations`."""
+def named(method: str) -> tuple[str, dict[str, Any]]:
+    """quadapter+sites=FULL+finetune=200 -> the method and its options."""
     name, *given = method.split("+")
+    found = {key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in given)}
+    return name, found | (FULL if found.get("sites") == "FULL" else {})
+
+
+def adapted(method: str, setting: str, seed: int, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """A method of `smidgen quantize --activations`."""
+    name, given = named(method)
     weights, activations = bits(setting)
+    migration = given.pop("t", None)
     config = Config(
         options.model,
-        method=name,
+        method=name,  # pyright: ignore[reportArgumentType]  checked by the command
         bits=weights,
         activations=activations,
         calibration=text(options, options.calibration),
@@ -56,35 +91,83 @@ def adapted(method: str, setting: str, seed: int, options: argparse.Namespace, f
         evaluate=tuple(text(options, t) for t in TEXTS),
         eval_windows=options.windows,
         export="none",
+        finetune_batch=options.batch,
+        quadapter=Quadapter(steps=options.block_steps, learning_rate=0.04, init="search"),
+        factors=None if name in ("min-max", "mse") else kept(name, given, setting, seed, scratch),
         seed=seed,
-        **{key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in given)},
     )
-    with Run("quantize", config, folder) as run:
+    config = replace(config, **given)
+    if migration == "best":
+        config = replace(config, smoothquant=SmoothQuant((best_migration(config, scratch),)), factors=None)
+    return quantized(config, scratch)
+
+
+def best_migration(config: Config, scratch: Path) -> float:
+    """t with the least loss on held-out calibration text."""
+    tried = {t: replace(config, smoothquant=SmoothQuant((t,)), evaluate=(), factors=None) for t in MIGRATIONS}
+    lost = {t: quantized(one, scratch)["held_out"] for t, one in tried.items()}
+    return min(lost, key=lambda t: lost[t])
+
+
+def quantized(config: Config, scratch: Path) -> dict[str, Any]:
+    """Metrics of a run."""
+    with tempfile.TemporaryDirectory(dir=scratch) as folder, Run("quantize", config, Path(folder) / "run") as run:
         return integers.main(config, run)
 
 
-def trained(method: str, setting: str, seed: int, options: argparse.Namespace, folder: Path) -> dict:
+def kept(name: str, given: dict[str, Any], setting: str, seed: int, scratch: Path) -> Path:
+    """Where the factors of a start are, for all methods that share it."""
+    sites = "-".join(given.get("sites", ("norm",)))
+    return scratch / "factors" / f"{setting}-{seed}-{name}-{sites}{'-clip' if given.get('clip') else ''}"
+
+
+def trained(method: str, setting: str, seed: int, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Quantization-aware training."""
-    kind, ranges, *link = method.split(":")
+    _, given = named(method)
     weights, activations = bits(setting)
+    start = given.get("start", "min-max")
     config = qat.Config(
         options.model,
         train=text(options, options.calibration),
         evaluate=tuple(text(options, t) for t in TEXTS),
         weights=weights,
         activations=activations,
-        ranges=ranges,  # pyright: ignore[reportArgumentType]  checked by the command
-        link=link[0] if link else "exp",  # pyright: ignore[reportArgumentType]
-        teacher="self" if kind == "kd" else "none",
         sequences=options.sequences,
+        held_out=integers.HELD_OUT,
+        calibration=options.sequences,
         length=options.length,
         eval_windows=options.windows,
         steps=options.steps,
         batch=options.batch,
+        precision="float32",
+        learning_rate=options.learning_rate,
+        range_learning_rate=options.range_learning_rate,
+        evaluate_every=max(1, options.steps // integers.EVALUATIONS),
+        patience=integers.EVALUATIONS,
+        quadapter=Quadapter(steps=options.block_steps, learning_rate=0.04, init="search"),
+        factors=None if start in ("min-max", "mse") else kept(start, given, setting, seed, scratch),
         seed=seed,
     )
-    with Run("qat", config, folder) as run:
+    config = replace(config, **given)
+    with tempfile.TemporaryDirectory(dir=scratch) as folder, Run("qat", config, Path(folder) / "run") as run:
         return qat.main(config, run)
+
+
+def unquantized(method: str, setting: str, seed: int, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """The float model, or what training it on the same windows makes of it."""
+    steps = named(method)[1].get("steps", 0)
+    device, source = pick_device("auto"), Checkpoint.open(options.model)
+    model, tokenizer = source.model(torch.float32, device), source.tokenizer()
+    tokens = windows(text(options, options.calibration), tokenizer, options.length, options.sequences, seed)
+    learnt, held_out = qat.split(tokens, integers.HELD_OUT)
+    texts = {t: windows(t, tokenizer, options.length, options.windows) for t in (text(options, t) for t in TEXTS)}
+    every, rate = max(1, steps // integers.EVALUATIONS), options.learning_rate
+    fit = FitConfig(steps, rate, precision="float32", evaluate_every=every, patience=integers.EVALUATIONS, seed=seed)
+    with tempfile.TemporaryDirectory(dir=scratch) as folder, Run("float", fit, Path(folder) / "run") as run:
+        if not steps:
+            return {"perplexity": {name: perplexity(model, t, run, name, EXACT) for name, t in texts.items()}}
+        groups, measure = qat.weight_groups(model, {}), qat.measuring(held_out, texts)
+        return qat.outcome(qat.train(model, groups, learnt, fit, run, options.batch, evaluate=measure))
 
 
 def text(options: argparse.Namespace, name: str) -> str:
@@ -92,34 +175,54 @@ def text(options: argparse.Namespace, name: str) -> str:
     return str(options.data / "text" / f"{name}.txt")
 
 
-def row_of(method: str, setting: str, seed: int, options: argparse.Namespace, folder: Path) -> dict:
+def row_of(method: str, setting: str, seed: int, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """One line of the table."""
+    make = {"qat": trained, "float": unquantized}.get(named(method)[0], adapted)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     started = time.monotonic()
-    metrics = (trained if ":" in method else adapted)(method, setting, seed, options, folder)
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    return {
-        "setting": setting,
-        "method": method,
-        "seed": seed,
-        "seconds": round(time.monotonic() - started, 1),
-        "steps": metrics.get("kept_step"),
-        "windows": options.windows,
-        "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
-        "machine": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "date": time.strftime("%Y-%m-%d"),
-    } | {name: round(metrics["perplexity"][text(options, name)], 3) for name in TEXTS}
+    metrics = make(method, setting, seed, options, scratch)
+    row = {"setting": setting, "method": method, "seed": seed, "seconds": round(time.monotonic() - started, 1)}
+    row |= {name: round(metrics["perplexity"][text(options, name)], 3) for name in TEXTS}
+    if torch.cuda.is_available():
+        row["peak_gigabytes"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)
+    row |= {"sequences": options.sequences, "length": options.length, "windows": options.windows, "date": time.strftime("%Y-%m-%d")}
+    lost = {"held_out": round(metrics["held_out"], 4)} if "held_out" in metrics else {}
+    return row | lost | {"steps": metrics.get("kept_step"), "commit": commit(), "machine": machine()}
 
 
-def append(row: dict) -> None:
+def commit() -> str:
+    """Of this checkout; empty where it is a copy without git."""
+    try:
+        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+        return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:
+        return ""
+
+
+def machine() -> str:
+    """What computed."""
+    on_gpu = torch.cuda.is_available()
+    return torch.cuda.get_device_name() if on_gpu else f"{platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def append(row: dict[str, Any], results: Path) -> None:
     """Adds a row to the results."""
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
+    new = not results.exists()
+    results.parent.mkdir(parents=True, exist_ok=True)
+    with results.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="")
         if new:
             writer.writeheader()
         writer.writerow(row)
+
+
+def done(results: Path) -> set[tuple[str, str, str]]:
+    """Setting, method and seed of the rows that are there."""
+    if not results.exists():
+        return set()
+    with results.open(newline="") as file:
+        return {(row["setting"], row["method"], row["seed"]) for row in csv.DictReader(file)}
 
 
 def arguments() -> argparse.Namespace:
@@ -135,16 +238,35 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=24)
     parser.add_argument("--steps", type=int, default=200, help="of quantization-aware training")
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--block-steps", type=int, default=300, help="of Quadapter's first phase, per block")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--learning-rate", type=float, default=2e-5, help="of weights in quantization-aware training")
+    parser.add_argument("--range-learning-rate", type=float, default=1e-3)
+    parser.add_argument("--results", type=Path, default=RESULTS)
     return parser.parse_args()
 
 
+def main(options: argparse.Namespace) -> int:
+    """Every row that is not there yet; the number of rows that failed."""
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")
+    failed, there = 0, done(options.results)
+    with tempfile.TemporaryDirectory() as scratch:
+        for seed in options.seeds:
+            for setting in options.settings:
+                for method in options.methods:
+                    if (setting, method, str(seed)) in there:
+                        continue
+                    try:
+                        row = row_of(method, setting, seed, options, Path(scratch))
+                    except (UserError, torch.OutOfMemoryError) as error:  # the other rows can still be made
+                        failed += 1
+                        print(f"{setting} {method} {seed}: {error}", file=sys.stderr, flush=True)
+                        continue
+                    append(row, options.results)
+                    print("\t".join(str(row.get(c, "")) for c in COLUMNS[:8]), flush=True)
+    return failed
+
+
 if __name__ == "__main__":
-    options = arguments()
-    for seed in options.seeds:
-        for setting in options.settings:
-            for method in options.methods:
-                with tempfile.TemporaryDirectory() as scratch:
-                    row = row_of(method, setting, seed, options, Path(scratch) / "run")
-                append(row)
-                print("\t".join(str(row[c]) for c in COLUMNS[:6]), flush=True)
+    sys.exit(1 if main(arguments()) else 0)

@@ -83,6 +83,12 @@ class FitConfig:
     resume: Path | None = None
     "A checkpoint to go on from, or the folder of its run."
 
+    @classmethod
+    def of(cls, options: Any, **others: Any) -> "FitConfig":
+        """Of a command's options: those that have the names above, and `others` instead of or beside them."""
+        known = {f.name for f in fields(cls)}
+        return cls(**{name: value for name, value in vars(options).items() if name in known} | others)
+
     def check(self, evaluates: bool) -> None:
         """Refuses what cannot work."""
         positive = {"steps": self.steps, "accumulation": self.accumulation, "evaluate-every": self.interval}

@@ -15,12 +15,9 @@ import transformers
 from smidgen.cli import main
 from smidgen.errors import UserError
 from smidgen.fit import CHECKPOINT, FitConfig
+from smidgen.quant.activations import clipping, fix_ranges
+from smidgen.quant.activations import observe as calibrate
 from smidgen.quant.qat import (
-    TRAINED,
-    calibrate,
-    clipping,
-    fix,
-    load,
     prediction_loss,
     range_groups,
     split,
@@ -29,6 +26,7 @@ from smidgen.quant.qat import (
 )  # fmt: skip
 from smidgen.quant.ranges import Range
 from smidgen.quant.simulate import Scheme, activations_of, set_mode, simulate, static_layer
+from smidgen.quant.trained import TRAINED, load
 from smidgen.run import Run
 
 CPU = torch.device("cpu")
@@ -50,7 +48,9 @@ def simulated(train_tokens):
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         layers = simulate(model, Scheme(bits, bits))
         calibrate(model, layers, train_tokens[:16])
-        fix(layers, kind, kind, link)
+        fix_ranges(layers, "min-max", kind, link)
+        for quant in layers.values():
+            quant.learn_range(kind, link)
         return model, layers
 
     return make

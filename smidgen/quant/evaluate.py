@@ -69,19 +69,21 @@ def main(config: Config, run: Run) -> dict[str, Any]:
     return run.finish(model=config.model, perplexity=perplexities, tokens={s: t.numel() for s, t in texts.items()}, size_bytes=size)
 
 
-def perplexity(model: PreTrainedModel, tokens: Int[Tensor, "windows length"], run: Run, label: str) -> float:
+def perplexity(
+    model: PreTrainedModel, tokens: Int[Tensor, "windows length"], run: Run, label: str, precision: torch.dtype | None = None
+) -> float:
     """exp of the mean negative log-likelihood of every token but the first of each window."""
-    mean = mean_loss(model, run.track(tokens, f"perplexity on {label}", len(tokens)))
+    mean = mean_loss(model, run.track(tokens, f"perplexity on {label}", len(tokens)), precision)
     if not math.isfinite(mean):
         raise UserError(f"perplexity on {label} is not finite: the model's weights or its type cannot represent its activations")
     return exponential(mean)
 
 
 @torch.inference_mode()
-def mean_loss(model: PreTrainedModel, tokens: Iterable[Int[Tensor, "length"]]) -> float:
-    """Mean negative log-likelihood, in nats, of every token but the first of each window."""
+def mean_loss(model: PreTrainedModel, tokens: Iterable[Int[Tensor, "length"]], precision: torch.dtype | None = None) -> float:
+    """Mean negative log-likelihood, in nats, of every token but the first of each window; products by default in the fast type."""
     device = next(model.parameters()).device
-    precision = forward_precision(device)
+    precision = precision or forward_precision(device)
     total, count = 0.0, 0
     for window in tokens:
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):

@@ -10,9 +10,9 @@
 Perplexity `after` is measured in ONNX Runtime where the artifact is written, and of the simulation beside it.
 """
 
+import copy
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import rmtree
@@ -28,7 +28,7 @@ from smidgen.errors import UserError
 from smidgen.fit import FitConfig
 from smidgen.grid import Narrow
 from smidgen.precision import forward_precision, pick_device
-from smidgen.quant.activations import fix_ranges
+from smidgen.quant.activations import clipping
 from smidgen.quant.blocks import decoder_list, family_of, walk, widest
 from smidgen.quant.calibrate import Calibration
 from smidgen.quant.checkpoint import Checkpoint
@@ -36,15 +36,14 @@ from smidgen.quant.evaluate import exponential, mean_loss, perplexity
 from smidgen.quant.export import onnx_qdq
 from smidgen.quant.export.onnx import FAMILIES, library
 from smidgen.quant.memory import peak_bytes, reset_peak
-from smidgen.quant.qat import calibrate as observe
-from smidgen.quant.qat import clipping, split, train
+from smidgen.quant.qat import EXACT, log_reaches, measuring, split, train
 from smidgen.quant.runtimes.onnxruntime import OnnxRuntime, options
-from smidgen.quant.simulate import Activation, QuantLinear, Scheme, install, restore, simulate, static_layer
+from smidgen.quant.simulate import Activation, QuantLinear, Scheme, install, restore, static_layer
 from smidgen.quant.solve import Grids, quantize
-from smidgen.quant.solvers import BOA, GPTQ
+from smidgen.quant.solvers import BOA, GPTQ, AdaRound
+from smidgen.quant.starts import FACTORS, Start
 from smidgen.quant.transforms import alpha
-from smidgen.quant.transforms.equalize import Equalization
-from smidgen.quant.transforms.quadapter import finetune
+from smidgen.quant.transforms.quadapter import centre, finetune
 from smidgen.report import write_report
 from smidgen.run import Run
 from smidgen.texts import windows
@@ -52,9 +51,10 @@ from smidgen.texts import windows
 if TYPE_CHECKING:
     from smidgen.quant.quantize import Config
 
-METHODS = ("min-max", "mse", "smoothquant", "equalize", "quadapter")
-HELD_OUT = 0.125  # of the calibration sequences, for phase 2 to stop by
+METHODS = ("min-max", "mse", "clip", "smoothquant", "equalize", "quadapter")
+HELD_OUT = 0.125  # of the calibration sequences: to choose and to stop by
 EVALUATIONS = 10  # of phase 2
+HIGH_PRECISION = "embeddings and head (float16 in the artifact), norms, biases, attention scores and softmax (float32)"
 
 
 def main(config: "Config", run: Run) -> dict[str, Any]:
@@ -63,61 +63,66 @@ def main(config: "Config", run: Run) -> dict[str, Any]:
     source = Checkpoint.open(config.model)
     exports = check(config, source.skeleton(device))
     texts = {text: windows(text, source.tokenizer(), config.length, config.eval_windows) for text in config.evaluate}
-    data = Calibration(config.calibration, config.sequences, config.length, config.seed)
-    tokens = data.tokens(source, widest(source.skeleton(device)), device, run)
+    tokens = Calibration(config.calibration, config.sequences, config.length, config.seed).tokens(
+        source, widest(source.skeleton(device)), device, run
+    )
+    learnt, held_out = split(tokens, HELD_OUT) if len(tokens) > 1 else (tokens, tokens)
 
     reset_peak(device)
     started = time.monotonic()
-    assert config.activations is not None
-    scheme = Scheme(config.bits, config.activations, config.group)
-    factors = factors_of(config, source, tokens, scheme, run, device)
+    factors = start_of(config).factors(source, learnt, scheme_of(config), run, device, config.factors)
     model = source.model(torch.float32, device)
-    perplexity_float = {text: perplexity(model, t, run, f"{text} before") for text, t in texts.items()}
-    layers = simulate(model, scheme)
-    if factors is not None:
-        alpha.attach(model, layers, factors)
-    learnt, held_out = split(tokens, HELD_OUT) if config.finetune else (tokens, tokens[-1:])
-    observe(model, layers, tokens)
-    fix_ranges(layers, "mse" if config.method == "mse" else "min-max")
-    for quant in layers.values():  # ranges are new
-        quant.to(device)
-    start = clipping(model, layers, held_out)
-    kept = finetuned(config, model, layers, learnt, held_out, texts, run) if config.finetune else None
-    for name, after in clipping(model, layers, held_out).items():
-        run.log(activation=name, bits=config.activations, before=asdict(start[name]), after=asdict(after))
+    perplexity_float = {text: perplexity(model, t, run, f"{text} before", EXACT) for text, t in texts.items()}
+    teacher = copy.deepcopy(model) if config.finetune_share else None
+    layers = start_of(config).simulated(model, learnt, scheme_of(config), factors)
+    before = clipping(model, layers, held_out)
+    kept = finetuned(config, model, layers, learnt, held_out, texts, teacher, run) if config.finetune else None
+    log_reaches(run, before, clipping(model, layers, held_out), scheme_of(config).activations)
     alpha.fold(model, layers, source.dtype())
     if config.rounding != "nearest":
-        rounded(config, model, layers, tokens, source.name, run)
+        rounded(config, model, layers, learnt, source.name, run)
     seconds, peak = time.monotonic() - started, peak_bytes(device)
 
-    simulated = {text: perplexity(model, t, run, f"{text} simulated") for text, t in texts.items()}
+    simulated = {text: perplexity(model, t, run, f"{text} simulated", EXACT) for text, t in texts.items()}
+    lost = mean_loss(model, held_out, EXACT)
     folder = written(source, model, layers, run) if exports else None
     after = simulated if folder is None else {text: in_runtime(folder, t, run, text) for text, t in texts.items()}
     metrics = run.finish(
-        method=config.method,
-        bits=config.bits,
-        activations=config.activations,
-        group=config.group,
-        symmetric=True,
-        sites=list(config.sites) if factors is not None else [],
-        finetune=config.finetune,
-        rounding=config.rounding,
+        **described(config, factors is not None),
         kept_step=kept,
         perplexity=after,
         perplexity_simulated=simulated,
         perplexity_float=perplexity_float,
+        held_out=lost,
         size_bytes=None if folder is None else sum(f.stat().st_size for f in folder.glob("model.onnx*")),
         written={} if folder is None else {"onnx": {"folder": folder.name}},
         quantize_seconds=seconds,
         peak_memory_bytes=peak,
-        tokens=tokens.numel(),
-        seed=config.seed,
+        tokens=learnt.numel(),
+        held_out_tokens=held_out.numel(),
         model=source.name,
-        high_precision="embeddings and head (float16 in the artifact), norms, biases, attention scores and softmax (float32)",
         device=str(device),
     )
     run.say(f"report: {write_report([run.folder])}")
     return metrics
+
+
+def scheme_of(config: "Config") -> Scheme:
+    """What is quantized."""
+    assert config.activations is not None
+    return Scheme(config.bits, config.activations, config.group)
+
+
+def start_of(config: "Config") -> Start:
+    """The method with its options; `check` let no other pass."""
+    return Start(config.method, config.sites, config.clip, config.smoothquant, config.quadapter)  # pyright: ignore[reportArgumentType]
+
+
+def described(config: "Config", sites: bool) -> dict[str, Any]:
+    """What was done, for metrics.json."""
+    names = ("method", "bits", "activations", "group", "clip", "finetune", "finetune_share", "rounding", "seed")
+    found = {name: vars(config)[name] for name in names}
+    return found | {"symmetric": True, "sites": list(config.sites) if sites else [], "high_precision": HIGH_PRECISION}
 
 
 def check(config: "Config", skeleton: PreTrainedModel) -> bool:
@@ -128,17 +133,32 @@ def check(config: "Config", skeleton: PreTrainedModel) -> bool:
     for option, bits in (("activations", config.activations), ("weights", config.bits)):
         if not 2 <= bits <= 8:
             raise UserError(f"--{option} must lie between 2 and 8, got {bits}")
-    if config.finetune < 0 or (config.finetune and config.method != "quadapter"):
-        raise UserError("--finetune is the number of steps of --method quadapter's second phase")
-    if config.finetune and config.sequences < 2:
-        raise UserError("--finetune holds calibration sequences out to stop by; raise --sequences")
+    check_start(config)
     for option in ("format", "target_bpw", "stats", "rotate", "seeds", "inputs", "symmetric", "scale_dtype"):
         if vars(config)[option] != vars(type(config))[option]:
             raise UserError(f"--{option.replace('_', '-')} does not go with --activations; leave it out")
     check_rounding(config, skeleton)
-    if config.method in ("smoothquant", "equalize", "quadapter"):
+    if config.method in FACTORS:
         alpha.check(skeleton, config.sites)
     return exported(config, skeleton)
+
+
+def check_start(config: "Config") -> None:
+    """Refuses options that another method, or none, has."""
+    if config.clip and config.method not in ("smoothquant", "equalize"):
+        raise UserError("--clip is for --method smoothquant and equalize; use --method clip, and quadapter has --quadapter.clip")
+    if config.factors is not None and config.method in ("min-max", "mse"):
+        raise UserError(f"--factors are of methods that go block by block, not of {config.method}")
+    if config.finetune < 0 or (config.finetune and config.method != "quadapter"):
+        raise UserError("--finetune is the number of steps of --method quadapter's second phase")
+    if config.finetune and config.sequences < 2:
+        raise UserError("--finetune holds calibration sequences out to stop by; raise --sequences")
+    if config.finetune_share and not config.finetune:
+        raise UserError("--finetune-share is of the second phase's loss; give its steps with --finetune")
+    if not 0 <= config.finetune_share <= 1:
+        raise UserError(f"--finetune-share must be between 0 and 1, got {config.finetune_share}")
+    if config.finetune_batch < 1:
+        raise UserError(f"--finetune-batch must be positive, got {config.finetune_batch}")
 
 
 def check_rounding(config: "Config", skeleton: PreTrainedModel) -> None:
@@ -163,16 +183,6 @@ def exported(config: "Config", skeleton: PreTrainedModel) -> bool:
     return True
 
 
-def factors_of(
-    config: "Config", source: Checkpoint, tokens: Int[Tensor, "n length"], scheme: Scheme, run: Run, device: torch.device
-) -> alpha.Factors | None:
-    """What the method finds, where it looks for factors at all."""
-    methods = {"smoothquant": config.smoothquant, "equalize": Equalization(), "quadapter": config.quadapter}
-    if config.method not in methods:
-        return None
-    return alpha.calibrate(source, source.skeleton(device), tokens, methods[config.method], scheme, run, device, config.sites)
-
-
 def finetuned(
     config: "Config",
     model: PreTrainedModel,
@@ -180,32 +190,29 @@ def finetuned(
     learnt: Int[Tensor, "a length"],
     held_out: Int[Tensor, "b length"],
     texts: dict[str, Int[Tensor, "n length"]],
+    teacher: PreTrainedModel | None,
     run: Run,
 ) -> int:
     """Phase 2; the step whose state was kept."""
-    groups = finetune(model, layers, config.finetune_rate)
-    for quant in layers.values():
-        quant.to(model.device)
-
-    def measure(trained: torch.nn.Module) -> dict[str, Any]:
-        assert isinstance(trained, PreTrainedModel)
-        return {"held_out": mean_loss(trained, held_out), "perplexity": {t: exponential(mean_loss(trained, x)) for t, x in texts.items()}}
-
     fit = FitConfig(
         steps=config.finetune,
         learning_rate=config.finetune_rate,
+        precision="float32",
         evaluate_every=max(1, config.finetune // EVALUATIONS),
         patience=EVALUATIONS,
         seed=config.seed,
     )
-    return train(model, groups, learnt, fit, run, batch=min(8, len(learnt)), evaluate=measure).kept
+    groups, batch = finetune(model, layers, config.finetune_rate), min(config.finetune_batch, len(learnt))
+    result = train(model, groups, learnt, fit, run, batch, teacher, config.finetune_share, measuring(held_out, texts))
+    centre(layers)
+    return result.kept
 
 
 def rounded(
     config: "Config", model: PreTrainedModel, layers: dict[str, QuantLinear], tokens: Int[Tensor, "n length"], name: str, run: Run
 ) -> None:
     """Rounds every weight by GPTQ or BoA, given what the quantized layers before it send, its own input quantized as well."""
-    solver = {"gptq": GPTQ(), "boa": BOA()}[config.rounding]
+    solver = {"gptq": GPTQ(), "boa": BOA(), "adaround": AdaRound()}[config.rounding]
     restore(model, layers)
     folder = run.partial("folded")
     model.save_pretrained(folder)

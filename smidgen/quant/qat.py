@@ -20,11 +20,9 @@ quantization does, so part of it is held out to stop by, and perplexity is follo
 """
 
 import copy
-import json
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import KW_ONLY, asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,25 +31,28 @@ import torch
 import torch.nn.functional as F
 from cyclopts import Parameter
 from jaxtyping import Float, Int
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from smidgen.errors import UserError
 from smidgen.fit import CHECKPOINT, Evaluate, FitConfig, FitResult, Loss, fit, is_first_process, own_device, process_run, shuffled
 from smidgen.precision import pick_device
+from smidgen.quant.activations import Reach, clipping
 from smidgen.quant.checkpoint import Checkpoint
 from smidgen.quant.evaluate import exponential, mean_loss, perplexity
 from smidgen.quant.ranges import Kind, Link, Range
-from smidgen.quant.simulate import QuantLinear, Scheme, activations_of, restore, set_mode, simulate
+from smidgen.quant.simulate import QuantLinear, Scheme, activations_of
+from smidgen.quant.starts import FACTORS, Method, Start
+from smidgen.quant.trained import TRAINED, save
+from smidgen.quant.transforms import alpha
+from smidgen.quant.transforms.quadapter import Quadapter
 from smidgen.run import Run
 from smidgen.texts import windows
 
 EVALUATIONS = 20  # of a training, where their interval is not given
-TRAINED = "trained"  # folder of the run: the float weights, and the ranges they were trained with
-RANGES = "ranges.safetensors"
-DESCRIPTION = "quantization.json"
 FEW_BITS = 4  # up to which scale-offset trains well
+HIGH_PRECISION = "embeddings, head, norms, biases, attention scores and softmax"
+EXACT = torch.float32  # of products where quantized models are measured: bfloat16 rounds as coarsely as the quantizers
 
 
 @Parameter(name="*")
@@ -96,6 +97,12 @@ class Config:
     "Share of these windows that is not trained on but stops the training."
     calibration: int = 32
     "Windows the first ranges are calibrated on."
+    start: Method = "min-max"
+    "Where ranges start: extremes, least error, clipped by what layers return, or after factors per channel; see docs/activations.md."
+    sites: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = ("norm",)
+    "With --start smoothquant, equalize or quadapter: where factors sit."
+    factors: Path | None = None
+    "Folder of factors found before, RUN/factors, to use or go on with; by default this run's own."
     learning_rate: float = 5e-5
     "Of weights, norms and biases."
     range_learning_rate: float = 1e-3
@@ -126,6 +133,7 @@ class Config:
     "Where to compute."
     seed: int = 0
     "Chooses and orders the windows."
+    quadapter: Quadapter = Quadapter(init="search")
 
     def check(self) -> None:
         """Refuses what cannot work."""
@@ -145,25 +153,24 @@ class Config:
             raise UserError("--link is of --ranges beta-gamma or --weight-ranges beta-gamma")
         if self.share != 0.5 and self.teacher == "none":
             raise UserError("--share is the teacher's share of the loss; give one with --teacher self")
+        self.check_start()
         self.fit().check(evaluates=True)
+
+    def check_start(self) -> None:
+        """Refuses options that another start has."""
+        if self.sites != ("norm",) and self.start not in FACTORS:
+            raise UserError(f"--sites are of --start {', '.join(FACTORS)}, not of {self.start}")
+        if self.factors is not None and self.start in ("min-max", "mse"):
+            raise UserError(f"--factors are of methods that go block by block, not of --start {self.start}")
 
     def fit(self) -> FitConfig:
         """What the training loop has to know."""
-        return FitConfig(
-            steps=self.steps,
-            learning_rate=self.learning_rate,
-            schedule=self.schedule,
-            warmup=self.warmup,
-            weight_decay=self.weight_decay,
-            clip=self.clip,
-            accumulation=self.accumulation,
-            precision=self.precision,
-            evaluate_every=max(1, self.steps // EVALUATIONS) if self.evaluate_every is None else self.evaluate_every,
-            patience=self.patience,
-            checkpoint_every=self.checkpoint_every,
-            seed=self.seed,
-            resume=self.resume,
-        )
+        every = max(1, self.steps // EVALUATIONS) if self.evaluate_every is None else self.evaluate_every
+        return FitConfig.of(self, evaluate_every=every)
+
+    def scheme(self) -> Scheme:
+        """What is quantized."""
+        return Scheme(self.weights, self.activations, self.group)
 
 
 def command(config: Config) -> dict[str, Any] | None:
@@ -179,63 +186,93 @@ def main(config: Config, run: Run) -> dict[str, Any]:
     config.check()
     device = own_device(pick_device(config.device))
     source = Checkpoint.open(config.model)
-    tokenizer = source.tokenizer()
-    tokens = windows(config.train, tokenizer, config.length, config.sequences, config.seed)
+    tokens = windows(config.train, source.tokenizer(), config.length, config.sequences, config.seed)
     learnt, held_out = split(tokens, config.held_out)
-    texts = {text: windows(text, tokenizer, config.length, config.eval_windows) for text in config.evaluate}
+    texts = {text: windows(text, source.tokenizer(), config.length, config.eval_windows) for text in config.evaluate}
 
     model = source.model(torch.float32, device)
-    perplexity_float = {text: perplexity(model, t, run, f"{text}, float") for text, t in texts.items()}
+    perplexity_float = {text: perplexity(model, t, run, f"{text}, float", EXACT) for text, t in texts.items()}
     teacher = copy.deepcopy(model) if config.teacher == "self" else None
-    layers = simulate(model, Scheme(config.weights, config.activations, config.group))
-    calibrate(model, layers, learnt[: config.calibration])
-    fix(layers, config.ranges, config.weight_ranges, config.link)
+    layers = simulated(config, source, model, learnt[: config.calibration], run)
     before = clipping(model, layers, held_out)
-
-    def measure(trained: nn.Module) -> dict[str, Any]:
-        assert isinstance(trained, PreTrainedModel)
-        followed = {text: exponential(mean_loss(trained, t)) for text, t in texts.items()}
-        return {"held_out": mean_loss(trained, held_out), "perplexity": followed}
 
     started = time.monotonic()
     groups = weight_groups(model, layers, config.weight_decay) + range_groups(layers, config.range_learning_rate)
+    measure = measuring(held_out, texts)
     result = train(model, groups, learnt, config.fit(), run, config.batch, teacher, config.share, measure)
     seconds = time.monotonic() - started
 
     after = clipping(model, layers, held_out)
-    for name, old in before.items():
-        run.log(activation=name, bits=config.activations, before=asdict(old), after=asdict(after[name]))
+    log_reaches(run, before, after, config.activations)
     folder = run.partial(TRAINED)
-    save(folder, model, layers, tokenizer)
+    save(folder, model, layers, source.tokenizer())
     run.keep(folder)
     (run.folder / CHECKPOINT).unlink(missing_ok=True)
-    first, kept = result.evaluation(0), result.evaluation(result.kept)
     return run.finish(
-        perplexity=kept["perplexity"],
-        perplexity_before=first["perplexity"],
+        **outcome(result),
         perplexity_float=perplexity_float,
-        held_out=kept["held_out"],
-        held_out_before=first["held_out"],
-        steps=result.step,
-        kept_step=result.kept,
-        stopped=result.stopped,
         clipped=max(reach.clipped for reach in after.values()),
         clipped_before=max(reach.clipped for reach in before.values()),
-        weights=config.weights,
-        activations=config.activations,
-        group=config.group,
-        ranges=config.ranges,
-        weight_ranges=config.weight_ranges,
-        link=config.link if "beta-gamma" in (config.ranges, config.weight_ranges) else None,
-        teacher=config.teacher,
+        **described(config),
         train_seconds=seconds,
         tokens=learnt.numel(),
         held_out_tokens=held_out.numel(),
-        high_precision="embeddings, head, norms, biases, attention scores and softmax",
-        seed=config.seed,
         model=source.name,
         device=str(device),
     )
+
+
+def simulated(
+    config: Config, source: Checkpoint, model: PreTrainedModel, tokens: Int[Tensor, "n length"], run: Run
+) -> dict[str, QuantLinear]:
+    """Simulates the model with factors, if any are asked for, folded, and with learned ranges of inputs and weights."""
+    start = Start(config.start, config.sites, quadapter=config.quadapter)
+    factors = start.factors(source, tokens, config.scheme(), run, model.device, config.factors)
+    layers = start.simulated(model, tokens, config.scheme(), factors, config.ranges, config.link)
+    alpha.fold(model, layers, torch.float32)
+    for name, quant in layers.items():
+        if not bool(quant.weight.isfinite().all()):
+            raise UserError(f"{name}: its weights are not finite; the model is damaged")
+        quant.learn_range(config.weight_ranges, config.link)
+    return layers
+
+
+def measuring(held_out: Int[Tensor, "n length"], texts: dict[str, Int[Tensor, "m length"]]) -> Callable[[nn.Module], dict[str, Any]]:
+    """What is followed while a model trains: the loss on held-out text, and perplexities."""
+
+    def measure(trained: nn.Module) -> dict[str, Any]:
+        assert isinstance(trained, PreTrainedModel)
+        followed = {text: exponential(mean_loss(trained, t, EXACT)) for text, t in texts.items()}
+        return {"held_out": mean_loss(trained, held_out, EXACT), "perplexity": followed}
+
+    return measure
+
+
+def log_reaches(run: Run, before: dict[str, Reach], after: dict[str, Reach], bits: int) -> None:
+    """A row per activation, for the report."""
+    for name, old in before.items():
+        run.log(activation=name, bits=bits, before=asdict(old), after=asdict(after[name]))
+
+
+def outcome(result: FitResult) -> dict[str, Any]:
+    """Figures of a training, at its start and as the model is now."""
+    first, kept = result.evaluation(0), result.evaluation(result.kept)
+    return {
+        "perplexity": kept["perplexity"],
+        "perplexity_before": first["perplexity"],
+        "held_out": kept["held_out"],
+        "held_out_before": first["held_out"],
+        "steps": result.step,
+        "kept_step": result.kept,
+        "stopped": result.stopped,
+    }
+
+
+def described(config: Config) -> dict[str, Any]:
+    """What was trained, for metrics.json."""
+    names = ("weights", "activations", "group", "start", "ranges", "weight_ranges", "teacher", "seed")
+    link = config.link if "beta-gamma" in (config.ranges, config.weight_ranges) else None
+    return {name: vars(config)[name] for name in names} | {"link": link, "high_precision": HIGH_PRECISION}
 
 
 def train(
@@ -285,30 +322,6 @@ def split(tokens: Int[Tensor, "n length"], held_out: float) -> tuple[Int[Tensor,
     return tokens[:-count], tokens[-count:]
 
 
-@torch.no_grad()
-def calibrate(model: PreTrainedModel, layers: dict[str, QuantLinear], tokens: Int[Tensor, "n length"]) -> None:
-    """Shows the activations' values of the unquantized model to their quantizers."""
-    set_mode(layers, "observe")
-    for quant in layers.values():
-        quant.quantized = False
-    for window in tokens:
-        model(window[None].to(model.device), use_cache=False)
-    for quant in layers.values():
-        quant.quantized = True
-
-
-def fix(layers: dict[str, QuantLinear], kind: Kind, weight_kind: Kind, link: Link = "exp") -> None:
-    """Learned ranges for activations and weights, which start at the minimum and maximum seen."""
-    for name, activation in activations_of(layers):
-        if not bool(activation.low.isfinite() & activation.high.isfinite()):
-            raise UserError(f"{name}: its inputs are not finite; the model's weights are damaged or hold NaN")
-        activation.fix(activation.low, activation.high, kind, link)
-    for name, quant in layers.items():
-        if not bool(quant.weight.isfinite().all()):
-            raise UserError(f"{name}: its weights are not finite; the model is damaged")
-        quant.learn_range(weight_kind, link)
-
-
 def check_ranges(model: nn.Module, run: Run) -> None:
     """Scale and offset unscaled cannot share a learning rate: the offset travels codes, the scale fractions of a unit."""
     ranges = [m for m in model.modules() if isinstance(m, Range) and m.kind == "scale-offset"]
@@ -343,91 +356,3 @@ def range_groups(layers: dict[str, QuantLinear], learning_rate: float) -> list[d
             else:
                 relative.append(p)
     return groups + ([{"params": relative, "lr": learning_rate, "weight_decay": 0.0}] if relative else [])
-
-
-@dataclass(frozen=True)
-class Reach:
-    """How far an activation's quantizer reaches."""
-
-    low: float
-    high: float
-    clipped: float
-    "The share of values whose code had to be clipped."
-
-
-@torch.no_grad()
-def clipping(model: PreTrainedModel, layers: dict[str, QuantLinear], tokens: Int[Tensor, "n length"]) -> dict[str, Reach]:
-    """The range of every activation, and what it clips of its values on `tokens`."""
-    with _counting(layers) as counts:
-        for window in tokens:
-            model(window[None].to(model.device), use_cache=False)
-    found = {}
-    for name, activation in activations_of(layers):
-        assert activation.range is not None
-        low, high = activation.range.ends()
-        found[name] = Reach(float(low), float(high), sum(counts[name]) / len(counts[name]))
-    return found
-
-
-@contextmanager
-def _counting(layers: dict[str, QuantLinear]) -> Iterator[dict[str, list[float]]]:
-    """Name -> the share clipped, per call."""
-    counts: dict[str, list[float]] = {}
-    handles = []
-    for name, activation in activations_of(layers):
-        shares = counts.setdefault(name, [])
-
-        def count(module: nn.Module, inputs: tuple[Tensor], shares: list[float] = shares) -> None:
-            shares.append(module.range.clipped(inputs[0]))  # pyright: ignore  `fix` gave all of them one
-
-        handles.append(activation.register_forward_pre_hook(count))
-    try:
-        yield counts
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def save(folder: Path, model: PreTrainedModel, layers: dict[str, QuantLinear], tokenizer: Any) -> None:
-    """Writes the trained weights, unrounded, as any library reads them, and beside them the ranges `load` puts back."""
-    tensors, kinds = {}, {}
-    for name, activation in activations_of(layers):
-        tensors |= _state(f"{name}.input", activation.range, kinds)
-    for name, quant in layers.items():
-        tensors |= _state(f"{name}.weight", quant.range, kinds)
-    scheme = next(iter(layers.values())).scheme
-    save_file(tensors, folder / RANGES)
-    (folder / DESCRIPTION).write_text(json.dumps({"scheme": asdict(scheme), "ranges": kinds}, indent=1) + "\n")
-    restore(model, layers)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def load(folder: Path, device: torch.device) -> tuple[PreTrainedModel, dict[str, QuantLinear]]:
-    """The simulated model that `save` wrote, bit for bit."""
-    if not (folder / DESCRIPTION).is_file():
-        raise UserError(f"{folder} holds no trained model: it has no {DESCRIPTION}; give the folder {TRAINED} of a run of smidgen qat")
-    model = Checkpoint(folder, folder.name).model(torch.float32, device)
-    described = json.loads((folder / DESCRIPTION).read_text())
-    tensors = load_file(folder / RANGES)
-    layers = simulate(model, Scheme(**described["scheme"]))
-    for name, activation in activations_of(layers):
-        how = described["ranges"][f"{name}.input"]
-        one = torch.ones(())
-        _restore(activation.fix(-one, one, how["kind"], how["link"]), f"{name}.input", tensors)
-    for name, quant in layers.items():
-        how = described["ranges"][f"{name}.weight"]
-        _restore(quant.learn_range(how["kind"], how["link"]), f"{name}.weight", tensors)
-    for quant in layers.values():  # new ranges are on the processor
-        quant.to(device)
-    return model, layers
-
-
-def _state(name: str, r: Range | None, kinds: dict[str, dict[str, str]]) -> dict[str, Tensor]:
-    assert r is not None
-    kinds[name] = {"kind": r.kind, "link": r.link}
-    return {f"{name}.{key}": value.detach().cpu().contiguous() for key, value in r.state_dict().items()}
-
-
-def _restore(r: Range, name: str, tensors: dict[str, Tensor]) -> None:
-    r.load_state_dict({key: tensors[f"{name}.{key}"] for key in r.state_dict()})

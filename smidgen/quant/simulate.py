@@ -10,12 +10,14 @@ Where an `Activation`'s range comes from is its `mode`:
 
     float       nothing is quantized
     observe     nothing is quantized; minimum, maximum and a sample of the values are kept
-    batch       minimum and maximum of the batch, inside the graph, so that gradients reach what made them
+    batch       minimum and maximum of the batch, inside the graph, so that gradients reach what made them; times factors that may be
+                learned (`reach`), so that they can clip
     learned     a Range, once `fix` was called: the only one that can be exported
     token       minimum and maximum of every token
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,7 +36,6 @@ from smidgen.quant.ranges import Kind, Link, Range, fake_quantize, moved
 
 Mode = Literal["float", "observe", "batch", "learned", "token"]
 SAMPLE = 4096  # values kept of every observed batch
-DECAY = 0.99  # of the running range in mode `batch`
 SMALLEST = 1e-8
 
 
@@ -63,11 +64,13 @@ class Activation(nn.Module):
         self.bits = bits
         self.mode: Mode = "float"
         self.range: Range | None = None
+        self.reach: nn.Parameter | None = None
+        "Mode batch: logarithms of what minimum and maximum are multiplied by, (2,)."
         self.register_buffer("low", torch.tensor(torch.inf))
         self.register_buffer("high", torch.tensor(-torch.inf))
         self.sample: list[Tensor] = []
         self.count = 0
-        "Values observed, of which the sample is a part."
+        "Values observed, of which the sample is a part; in mode batch, batches."
 
     def forward(self, x: Float[Tensor, "*n width"]) -> Float[Tensor, "*n width"]:
         """`x`, quantized as the mode says."""
@@ -82,11 +85,16 @@ class Activation(nn.Module):
         if self.mode == "token":
             return self._within(x, x.amin(-1, keepdim=True), x.amax(-1, keepdim=True))
         low, high = x.min(), x.max()
-        with torch.no_grad():
-            keep = DECAY if self.low.isfinite() else 0.0
-            self.low.copy_(keep * self.low.nan_to_num(posinf=0.0) + (1 - keep) * low)
-            self.high.copy_(keep * self.high.nan_to_num(neginf=0.0) + (1 - keep) * high)
+        if self.reach is not None:
+            low, high = low * self.reach[0].exp(), high * self.reach[1].exp()
+        self._average(low.detach(), high.detach())
         return self._within(x, low, high)
+
+    def forget(self) -> None:
+        """What was observed, or averaged in mode batch."""
+        self.low.fill_(torch.inf)
+        self.high.fill_(-torch.inf)
+        self.sample, self.count = [], 0
 
     def fix(self, low: Tensor, high: Tensor, kind: Kind = "min-max", link: Link = "exp", normalised: bool = True) -> Range:
         """From now on a learned range, which starts at [low, high]; steps of min-max are relative to it."""
@@ -94,6 +102,12 @@ class Activation(nn.Module):
         self.range = Range(low, high, self.bits, kind, link, normalised=normalised, unit=unit)
         self.mode, self.sample, self.count = "learned", [], 0
         return self.range
+
+    def _average(self, low: Tensor, high: Tensor) -> None:
+        """Keeps the mean range of the batches seen."""
+        self.count += 1
+        for kept, new in ((self.low, low), (self.high, high)):
+            kept.copy_(new if self.count == 1 else kept + (new - kept) / self.count)
 
     def _observe(self, x: Tensor) -> None:
         self.low.copy_(torch.minimum(self.low, x.min()))
@@ -127,7 +141,9 @@ class QuantLinear(nn.Module):
         self.alpha: nn.Parameter | None = None
         self.register_buffer("source", None, persistent=False)  # columns' entries in alpha, where some share one
         self.range: Range | None = None
-        "Of the weight, where it is learned; otherwise its absolute maximum, inside the graph."
+        "Of the weight, where it is learned by itself; otherwise its absolute maximum, inside the graph."
+        self.shrink: nn.Parameter | None = None
+        "Logarithms of what that maximum is multiplied by, (out, groups, 1): the scale follows the factors, and clips."
         self.quantized = True
         "Whether the weight is quantized."
         columns = weight_of(layer).shape[1]
@@ -158,24 +174,33 @@ class QuantLinear(nn.Module):
 
     def fake_weight(self) -> Float[Tensor, "out in"]:
         """As rounded."""
-        w = self.scaled_weight()
         if not self.quantized:
-            return w
-        grouped = w.unflatten(1, (-1, self.scheme.group or w.shape[1]))
+            return self.scaled_weight()
+        grouped = self.grouped()
         return self.weight_range(grouped)(grouped).flatten(1) if self.range is not None else self._nearest(grouped).flatten(1)
 
+    def grouped(self) -> Float[Tensor, "out groups width"]:
+        """What is quantized, by groups that share a scale."""
+        w = self.scaled_weight()
+        return w.unflatten(1, (-1, self.scheme.group or w.shape[1]))
+
     def weight_range(self, grouped: Float[Tensor, "out groups width"]) -> Range:
-        """The learned range, or the one that just holds the weights."""
+        """The learned range, or the present one."""
         largest = grouped.detach().abs().amax(-1, keepdim=True).float()
         if self.range is None:
-            return Range(-largest, largest, self.scheme.weights, symmetric=True)
+            reach = self.shrunk(largest)
+            return Range(-reach, reach, self.scheme.weights, symmetric=True)
         if self.range.kind == "beta-gamma":
             self.range.rebase(-largest, largest)
         return self.range
 
+    def shrunk(self, largest: Float[Tensor, "out groups 1"]) -> Float[Tensor, "out groups 1"]:
+        """The upper end of the present range, given the largest absolute weights."""
+        return largest if self.shrink is None else largest * self.shrink.exp()
+
     def _nearest(self, grouped: Tensor) -> Tensor:
         top = 2 ** (self.scheme.weights - 1) - 1
-        scale = grouped.float().abs().amax(-1, keepdim=True) / top
+        scale = self.shrunk(grouped.float().abs().amax(-1, keepdim=True)) / top
         return fake_quantize(grouped, moved(scale, scale.clamp(min=SMALLEST)), torch.full_like(scale, top), 2 * top)
 
     @torch.no_grad()
@@ -186,10 +211,13 @@ class QuantLinear(nn.Module):
         self.range = Range(-largest, largest, self.scheme.weights, symmetric=True).requires_grad_(False)
 
     def learn_range(self, kind: Kind = "min-max", link: Link = "exp") -> Range:
-        """From now on the weight's range is learned; it starts at the absolute maximum."""
-        grouped = self.scaled_weight().detach().unflatten(1, (-1, self.scheme.group or self.weight.shape[1])).float()
-        largest = grouped.abs().amax(-1, keepdim=True)
-        self.range = Range(-largest, largest, self.scheme.weights, kind, link, symmetric=True, unit=largest.clamp(min=SMALLEST))
+        """From now on the weight's range is learned by itself; it starts at the present one."""
+        largest = self.grouped().detach().abs().amax(-1, keepdim=True).float()
+        reach = self.shrunk(largest).detach()
+        unit = largest.clamp(min=SMALLEST)
+        self.range, self.shrink = Range(-reach, reach, self.scheme.weights, kind, link, symmetric=True, unit=unit), None
+        if kind == "beta-gamma":
+            self.range.narrow(reach / unit)
         return self.range
 
 
@@ -225,7 +253,7 @@ def simulate_block(block: nn.Module, family: Family | None, scheme: Scheme) -> d
     found: dict[str, QuantLinear] = {}
     for name, layer in layers.items():
         activation = activations.setdefault(shared.get(name, name), Activation(scheme.activations))
-        found[name] = QuantLinear(layer, scheme, activation)
+        found[name] = QuantLinear(layer, scheme, activation).to(weight_of(layer).device)
     install(block, found)
     return found
 
@@ -267,6 +295,19 @@ def set_mode(layers: dict[str, QuantLinear], mode: Mode) -> None:
     """Of every activation."""
     for _, activation in activations_of(layers):
         activation.mode = mode
+
+
+@contextmanager
+def unquantized(layers: dict[str, QuantLinear], inputs: Mode = "float") -> Iterator[None]:
+    """The float model, for as long as the context lasts; activations stay in the mode `inputs` after it."""
+    set_mode(layers, inputs)
+    for quant in layers.values():
+        quant.quantized = False
+    try:
+        yield
+    finally:
+        for quant in layers.values():
+            quant.quantized = True
 
 
 @torch.no_grad()

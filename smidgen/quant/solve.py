@@ -14,7 +14,7 @@ from smidgen.grid import Grid, QWeight
 from smidgen.quant.blocks import Block, Matrix
 from smidgen.quant.collect import collect, stages
 from smidgen.quant.memory import release
-from smidgen.quant.solvers import GPTQ, RTN
+from smidgen.quant.solvers import GPTQ, RTN, AdaRound
 from smidgen.quant.solvers.rtn import check_finite
 from smidgen.quant.stats import Stats
 from smidgen.quant.transforms.zfold import fold
@@ -36,7 +36,7 @@ class Grids:
 
 @torch.no_grad()
 def quantize(
-    block: Block, solver: RTN | GPTQ, grids: Grids, dtype: torch.dtype, run: Run, stats: dict[str, Stats] | None = None
+    block: Block, solver: RTN | GPTQ | AdaRound, grids: Grids, dtype: torch.dtype, run: Run, stats: dict[str, Stats] | None = None
 ) -> dict[str, QWeight]:
     """Quantizes every matrix of a block in place; fused layers come back whole.
 

@@ -24,6 +24,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -100,6 +101,8 @@ def check(model: PreTrainedModel, kinds: tuple[str, ...]) -> None:
 
 def legal(block: Block, kinds: tuple[str, ...]) -> list[Fold]:
     """The sites of these kinds in a block; a UserError where the family has none of a kind."""
+    if not kinds:
+        return []
     if block.family is None:
         raise UserError(f"{block.name}: the layers of this family of models are not known, so no factors can be folded into them")
     found = [_kind(block, fold) for fold in block.family.folds]
@@ -136,14 +139,23 @@ class Adapted:
         out = self.block.module(self.block.hidden[batch], **self.block.arguments)
         return out[0] if isinstance(out, tuple) else out
 
+    def loss(self, batch: int) -> Float[Tensor, ""]:
+        """Mean squared error of the outputs."""
+        return (self.forward(batch) - self.targets[batch]).square().mean()
+
     @torch.no_grad()
     def error(self) -> float:
-        """Mean squared error of the outputs over all batches; leaves the running ranges those of this pass."""
+        """Mean loss over all batches; leaves the mean ranges those of this pass."""
         for _, activation in activations_of(self.layers):
-            activation.low.fill_(torch.inf)
-            activation.high.fill_(-torch.inf)
-        return sum(float((self.forward(i) - target).square().mean()) for i, target in enumerate(self.targets)) / len(self.targets)
+            activation.forget()
+        return sum(float(self.loss(i)) for i in range(len(self.targets))) / len(self.targets)
 
+    def reaches(self) -> list[nn.Parameter]:
+        """What may be learned of ranges: of activations and of weights, where they clip."""
+        found = [activation.reach for _, activation in activations_of(self.layers)] + [quant.shrink for quant in self.layers.values()]
+        return [p for p in found if p is not None]
+
+    @cached_property
     def energy(self) -> float:
         """Mean square of what the block should return."""
         return float(self.targets.square().mean())
@@ -179,8 +191,6 @@ def adapted(block: Block, scheme: Scheme, kinds: tuple[str, ...]) -> Adapted:
     layers = simulate_block(block.module, block.family, scheme)
     block.module.requires_grad_(False)
     device = block.hidden.device
-    for quant in layers.values():
-        quant.to(device)
     mode: Mode = "token" if scheme.per_token else "batch"
     set_mode(layers, mode)
     sites = []
@@ -217,7 +227,9 @@ class Factors:
     a: dict[str, Float[Tensor, "_"]] = field(default_factory=dict)
     low: dict[str, Float[Tensor, ""]] = field(default_factory=dict)
     high: dict[str, Float[Tensor, ""]] = field(default_factory=dict)
-    "Running ranges of the inputs as scaled; infinite where every token has its own."
+    "Mean ranges of the batches as scaled, and clipped where the method clips; infinite where every token has its own."
+    shrink: dict[str, Float[Tensor, "out groups 1"]] = field(default_factory=dict)
+    "Logarithms of what the largest weights are multiplied by to make a range, of layers that clip."
 
     @classmethod
     def of(cls, found: Adapted) -> "Factors":
@@ -228,6 +240,7 @@ class Factors:
             {f"{path}.{s.fold.before}": s.a.detach().cpu().clone() for s in found.sites},
             {name: activation.low.cpu().clone() for name, activation in activations},
             {name: activation.high.cpu().clone() for name, activation in activations},
+            {f"{path}.{name}": q.shrink.detach().cpu().clone() for name, q in found.layers.items() if q.shrink is not None},
         )
 
     def add(self, other: "Factors") -> None:
@@ -235,6 +248,7 @@ class Factors:
         self.a |= other.a
         self.low |= other.low
         self.high |= other.high
+        self.shrink |= other.shrink
 
     def save(self, file: Path, about: dict[str, str]) -> None:
         """Writes a file in one move."""
@@ -265,15 +279,17 @@ def calibrate(
     run: Run,
     device: torch.device,
     kinds: tuple[str, ...] = ("norm",),
+    folder: Path | None = None,
 ) -> Factors:
-    """Finds factors of every block with `method` (Quadapter, SmoothQuant, Equalization), which sets `a` of every site it is given.
+    """Finds factors of every block with `method` (Quadapter, SmoothQuant, Equalization, Clip), which sets `a` of every site it is given.
 
     `model` is the checkpoint's skeleton; blocks are loaded one at a time, see the float model's inputs and are to return its outputs.
-    A finished block is kept in RUN/factors and skipped by a run with the same options that finds it there. A row per block is logged.
+    A finished block is kept in `folder`, by default RUN/factors, and skipped by a run with the same options that finds it there. A row per
+    block is logged.
     """
     check(model, kinds)
-    folder = run.folder / "factors"
-    folder.mkdir(exist_ok=True)
+    folder = run.folder / "factors" if folder is None else folder
+    folder.mkdir(parents=True, exist_ok=True)
     text = hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest()
     about = {"method": repr(method), "scheme": repr(scheme), "kinds": repr(kinds), "tokens": text, "model": checkpoint.name}
     found = Factors()
@@ -290,7 +306,7 @@ def calibrate(
             row = method(one)
             for site in one.sites:
                 site.store(checkpoint.dtype())
-            row["error"], row["energy"] = one.error(), one.energy()  # of the factors as stored, and their ranges
+            row["error"], row["energy"] = one.error(), one.energy  # of the factors as stored, and their ranges
         finally:
             released(one)
         factors = Factors.of(one)
@@ -302,7 +318,7 @@ def calibrate(
 
 
 def attach(model: PreTrainedModel, layers: dict[str, QuantLinear], factors: Factors) -> None:
-    """Gives a whole simulated model what `calibrate` found: a, and the running ranges of activations."""
+    """Gives a whole simulated model what `calibrate` found: a, the ranges of activations, and what clips the weights'."""
     with _bare(model, layers) as blocks:
         sources = {f"{b.name}.{f.before}": (b.name, f, _source(b, f)) for b in blocks if b.family for f in b.family.folds}
     for name, a in factors.a.items():
@@ -316,6 +332,8 @@ def attach(model: PreTrainedModel, layers: dict[str, QuantLinear], factors: Fact
         if name in factors.low:
             activation.low.copy_(factors.low[name])
             activation.high.copy_(factors.high[name])
+    for name, shrink in factors.shrink.items():
+        layers[name].shrink = nn.Parameter(shrink.to(layers[name].weight.device))
 
 
 @torch.no_grad()

@@ -4,9 +4,10 @@ Phase 1, block by block, independently: the inputs X and the outputs Y of the fl
 
     min_a  mean (f_a(X) - Y)^2      f_a: the block with quantized activations and weights, factors alpha = exp(a) at its sites
 
-is descended by Adam on a alone. Ranges are the batch's minimum and maximum inside the graph: with ranges detached all that reaches a
-from values in range is rounding noise. The weights' scales follow W / alpha the same way. Per site, with u = alpha x, u^ = Q_a(u),
-w' = W / alpha, w^ = Q_w(w'), G = dL/dy, G_u = G w^, G_w = G^T u^,
+is descended by Adam on a, and on how far ranges reach (clip.py). Ranges are the batch's minimum and maximum inside the graph, times
+exp(reach) where they may clip: with ranges detached all that reaches a from values in range is rounding noise. The weights' scales follow
+W / alpha the same way.
+Per site, with u = alpha x, u^ = Q_a(u), w' = W / alpha, w^ = Q_w(w'), G = dL/dy, G_u = G w^, G_w = G^T u^,
 
     dL/da_j = sum_t G_u [in] u - sum_o G_w w' + u_max [j attains it] sum G_u du^/dhigh + u_min [j attains it] sum G_u du^/dlow
               - sum over rows o whose largest weight is in column j of |w'_oj| / Q sum_j' G_w e_w
@@ -29,6 +30,8 @@ from smidgen.errors import UserError
 from smidgen.quant.ranges import Kind, Link
 from smidgen.quant.simulate import QuantLinear, activations_of
 from smidgen.quant.transforms.alpha import Adapted
+from smidgen.quant.transforms.clip import clip
+from smidgen.quant.transforms.outliers import Outliers
 from smidgen.quant.transforms.smoothquant import SmoothQuant
 
 EPSILON = 1e-15  # of Adam: the size of a block's outputs is not to matter
@@ -41,9 +44,12 @@ class Quadapter:
     steps: int = 800
     "Adam steps per block."
     learning_rate: float = 0.02
-    "Of a, relative therefore; falls to 0 along a cosine. From init smoothquant a quarter of it."
-    init: Literal["ones", "smoothquant"] = "ones"
-    "Where factors start; smoothquant: at the best t, than which the end is never worse."
+    "Of a, relative therefore; falls to 0 along a cosine. From another init than ones, and of ranges, a quarter of it."
+    init: Literal["ones", "smoothquant", "search"] = "ones"
+    """Where factors start: at the best t of SmoothQuant for all sites of the block; search: at the better of its t and of the thresholds of
+    Outlier Suppression+, site by site. The end is never worse."""
+    clip: bool = True
+    "Ranges may clip: their reach is searched after the start (clip.py) and learned beside the factors."
     seed: int = 0
     "Of the order of batches."
 
@@ -55,30 +61,34 @@ class Quadapter:
 
     def __call__(self, block: Adapted) -> dict[str, float]:
         """Learns a at every site; where that ends worse than it started, the start is kept. Returns the error before."""
-        before = least = block.error()
-        rate = self.learning_rate
-        if self.init == "smoothquant":
+        before, rate = block.error(), self.learning_rate
+        if self.init != "ones":
             SmoothQuant()(block)
-            least, rate = block.error(), rate / 4
-        start = [site.a.detach().clone() for site in block.sites]
-        self._descend(block, rate)
+            rate /= 4
+        if self.init == "search":
+            Outliers(migration=SmoothQuant().migration)(block)
+        if self.clip:
+            clip(block)
+        factors, reaches = [site.a for site in block.sites], block.reaches()
+        least, start = block.error(), [p.detach().clone() for p in (*factors, *reaches)]
+        self._descend(block, [{"params": factors, "lr": rate}, {"params": reaches, "lr": self.learning_rate / 4}])
         if not block.error() <= least:  # not a number, too
-            for site, a in zip(block.sites, start, strict=True):
-                site.set(a)
-        return {"error_before": before}
+            for p, value in zip((*factors, *reaches), start, strict=True):
+                p.data.copy_(value)
+        return {"error_before": before, "error_start": least}
 
-    def _descend(self, block: Adapted, rate: float) -> None:
-        optimizer = torch.optim.Adam([site.a for site in block.sites], lr=rate, eps=EPSILON)
+    def _descend(self, block: Adapted, groups: list[dict[str, Any]]) -> None:
+        optimizer = torch.optim.Adam([group for group in groups if group["params"]], eps=EPSILON)
+        rates = [group["lr"] for group in optimizer.param_groups]
         generator = torch.Generator().manual_seed(self.seed)
         order: list[int] = []
         for step in range(self.steps):
             order = order or torch.randperm(len(block.targets), generator=generator).tolist()
-            batch = order.pop()
-            for group in optimizer.param_groups:
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / self.steps))
             optimizer.zero_grad()
             with torch.enable_grad():
-                (block.forward(batch) - block.targets[batch]).square().mean().backward()
+                block.loss(order.pop()).backward()
             optimizer.step()
             for site in block.sites:
                 site.set(site.a)
@@ -89,11 +99,12 @@ def finetune(
 ) -> list[dict[str, Any]]:
     """Prepares phase 2: parameter groups for an optimizer, factors and ranges, without weight decay; all other parameters are frozen.
 
-    Ranges start at the running ones. Steps of a and of ranges are relative to what they change, but for raw scale-offset.
+    Ranges of activations start where they are; those of weights, where phase 1 clipped them, go on following the factors. Steps of a and
+    of ranges are relative to what they change, but for raw scale-offset.
     """
     model.requires_grad_(False)
     factors = list({id(q.alpha): q.alpha for q in layers.values() if q.alpha is not None}.values())
-    ranges = []
+    ranges = [q.shrink for q in layers.values() if q.shrink is not None]
     for name, activation in activations_of(layers):
         if not bool(activation.low.isfinite() & activation.high.isfinite()):
             raise UserError(f"{name}: no range of its inputs is known; calibrate with static ranges first")
@@ -102,3 +113,16 @@ def finetune(
         parameter.requires_grad_(True)
     groups = {"factors": factors, "ranges": ranges}
     return [{"name": name, "params": params, "lr": rate, "weight_decay": 0.0} for name, params in groups.items() if params]
+
+
+@torch.no_grad()
+def centre(layers: dict[str, QuantLinear]) -> None:
+    """After phase 2: the mean of every site's a is 0 again, and the ranges have taken the constant, so that nothing else changes."""
+    for _, activation in activations_of(layers):
+        a = next(quant.alpha for quant in layers.values() if quant.activation is activation)
+        if a is None:
+            continue
+        constant = a.mean()
+        a -= constant
+        assert activation.range is not None
+        activation.range.rescale(float((-constant).exp()))

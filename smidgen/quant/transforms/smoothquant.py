@@ -29,7 +29,7 @@ class SmoothQuant:
             raise UserError(f"--smoothquant.migration must be one or more numbers from 0 to 1, got {self.migration}")
 
     def __call__(self, block: Adapted) -> dict[str, float]:
-        """Sets a at every site; returns the errors and the t that was best."""
+        """Sets a at every site; returns the error before and the t that was best."""
         start = block.error()
         inputs = block.largest_inputs()
         errors = {}

@@ -1,0 +1,83 @@
+"""Where a quantized model starts before anything is trained end to end: ranges, and factors per channel.
+
+min-max, mse              ranges of inputs by what the calibration text shows (activations.py); rows of weights reach to their largest
+clip                      ranges of inputs and weights that clip, by what the layers return (transforms/clip.py)
+smoothquant, equalize     factors in closed form (transforms/), then ranges by the extremes
+quadapter                 factors learned block by block, ranges with them
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from smidgen.quant.activations import fix_ranges, observe
+from smidgen.quant.checkpoint import Checkpoint
+from smidgen.quant.ranges import Kind, Link
+from smidgen.quant.simulate import QuantLinear, Scheme, simulate
+from smidgen.quant.transforms import alpha
+from smidgen.quant.transforms.clip import Clip
+from smidgen.quant.transforms.equalize import Equalization
+from smidgen.quant.transforms.quadapter import Quadapter
+from smidgen.quant.transforms.smoothquant import SmoothQuant
+from smidgen.run import Run
+
+Method = Literal["min-max", "mse", "clip", "smoothquant", "equalize", "quadapter"]
+FACTORS = ("smoothquant", "equalize", "quadapter")  # methods that look for factors
+
+
+@dataclass(frozen=True)
+class Start:
+    """A method with its options."""
+
+    method: Method
+    sites: tuple[str, ...] = ("norm",)
+    clip: bool = False
+    "Ranges that clip after smoothquant or equalize, too."
+    smoothquant: SmoothQuant = SmoothQuant()
+    quadapter: Quadapter = Quadapter(init="search")
+
+    def factors(
+        self,
+        source: Checkpoint,
+        tokens: Int[Tensor, "n length"],
+        scheme: Scheme,
+        run: Run,
+        device: torch.device,
+        folder: Path | None = None,
+    ) -> alpha.Factors | None:
+        """What the method finds block by block, kept in `folder`; None if it does not go through the blocks."""
+        if self.method in ("min-max", "mse"):
+            return None
+        closed = {"clip": None, "smoothquant": self.smoothquant, "equalize": Equalization()}
+        if self.method == "quadapter":
+            found = self.quadapter
+        elif self.clip or self.method == "clip":
+            found = Clip(closed[self.method])
+        else:
+            found = closed[self.method]
+        sites = self.sites if self.method in FACTORS else ()
+        assert found is not None
+        return alpha.calibrate(source, source.skeleton(device), tokens, found, scheme, run, device, sites, folder)
+
+    def simulated(
+        self,
+        model: PreTrainedModel,
+        tokens: Int[Tensor, "n length"],
+        scheme: Scheme,
+        factors: alpha.Factors | None,
+        kind: Kind = "min-max",
+        link: Link = "exp",
+    ) -> dict[str, QuantLinear]:
+        """Simulates the float `model` in place, with what `factors` found and with static ranges."""
+        layers = simulate(model, scheme)
+        if factors is not None:
+            alpha.attach(model, layers, factors)
+        if factors is None or not factors.shrink:
+            observe(model, layers, tokens)
+        fix_ranges(layers, "mse" if self.method == "mse" else "min-max", kind, link)
+        return layers
