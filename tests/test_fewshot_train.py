@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_fewshot_evaluate import SIDE, coloured, stored
 
 from smidgen import cli
@@ -299,3 +300,50 @@ def test_the_command_line(data, tmp_path, capsys, monkeypatch):
     assert again["validation_accuracy"] == metrics["validation_accuracy"] and again["train_classes"] == 40
     assert cli.main(["fewshot", "train", str(data), "--method", "protnet", "--output", "c"]) == 2
     assert "there is no method 'protnet'" in capsys.readouterr().err and not (tmp_path / "c" / "metrics.json").exists()
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch) -> Path:
+    """photos/{train,val,test}: four classes each of eight noisy squares, of several sizes and modes; commands run beside it."""
+    random = np.random.default_rng(0)
+    for part in ("train", "val", "test"):
+        for c in range(4):
+            folder = tmp_path / "photos" / part / f"{part}{c}"
+            folder.mkdir(parents=True)
+            colour = random.integers(40, 216, 3)
+            for i in range(8):
+                pixels = (colour + random.normal(0, 20, (18 + i, 20, 3))).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).convert(("RGB", "RGBA", "P", "L")[i % 4]).save(folder / f"{i}.png")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "photos"
+
+
+TINY = ["--option.width", "4", "--steps", "2", "--validation-episodes", "2", "--queries", "3", "--device", "cpu"]
+
+
+def test_photos_of_all_sizes_and_modes(photos, capsys):
+    """And what is wrong with a folder is said in a line, with the file's name; a damaged file is left out only when asked."""
+
+    def train(*options: str, ways: int = 3) -> tuple[int, str]:
+        code = cli.main(["fewshot", "train", "photos", *TINY, "--ways", str(ways), *options])
+        captured = capsys.readouterr()
+        return code, captured.out if code == 0 else captured.err
+
+    code, out = train("--size", "16", "--channels", "3", "--output", "run")
+    assert code == 0 and json.loads(out)["train_classes"] == 4
+    code, err = train("--output", "sizes")
+    assert code == 2 and "images of different sizes, 20 x 18 and 20 x 19 among them; give a size" in err
+    code, err = train("--size", "16", "--output", "ways", ways=5)
+    assert code == 2 and "photos has 4 classes with enough images, which is not enough for 5 ways" in err
+    bad = photos / "train" / "train1" / "3.png"
+    bad.write_bytes(bad.read_bytes()[:60])
+    code, err = train("--size", "16", "--output", "bad")
+    assert code == 2 and "train1/3.png: cannot be read as an image" in err and "--skip-bad" in err and err.count("\n") == 1
+    code, _ = train("--size", "16", "--skip-bad", "--output", "skipped")
+    assert code == 0 and "train1/3.png" in Path("skipped/log.txt").read_text()
+    for i in range(7):
+        (photos / "test" / "test2" / f"{i}.png").unlink()
+    code = cli.main(["fewshot", "evaluate", "run", "photos", "--resize", "--episodes", "2", "--queries-per-class", "3", "--output", "one"])
+    err = capsys.readouterr().err
+    assert code == 2 and "class 'test2' has only 1 image that can be read, 2 or more are needed" in err
+    assert not any((Path(name) / "metrics.json").exists() for name in ("sizes", "ways", "bad", "one"))

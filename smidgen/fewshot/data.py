@@ -8,10 +8,10 @@ GLYPHS = "glyphs"  # the set that comes with the package
 Shape = tuple[int, int, int]
 
 
-def load_images(source: str, split: str, size: int | None = None, channels: int | None = None) -> Images:
+def load_images(source: str, split: str, size: int | None = None, channels: int | None = None, skip_bad: bool = False) -> Images:
     """Classes of one split of a data set, or of all; `source` is glyphs, or what `smidgen.images.load` reads.
 
-    `size` is the side of the square images, where photos have to be brought to one.
+    `size` is the side of the square images, where photos have to be brought to one; `skip_bad` leaves files out that cannot be read.
     """
     if source == GLYPHS:
         if size not in (None, SIZE) or channels not in (None, 1):
@@ -19,7 +19,7 @@ def load_images(source: str, split: str, size: int | None = None, channels: int 
         if split not in ("train", "val", "test"):
             raise UserError(f"glyphs has no split {split!r}; it has train, val, test")
         return glyphs(split)
-    return load(source, None if split == "all" else split, size, channels, least=2)
+    return load(source, None if split == "all" else split, size, channels, skip_bad, least=2)
 
 
 def shape_of(images: Images) -> Shape:

@@ -65,6 +65,8 @@ class Config:
     "Classes drawn from: train, val, test, or what the data calls its parts, or all."
     resize: bool = False
     "Bring images of another size, or grey ones, to what the model reads, rather than refuse them."
+    skip_bad: bool = False
+    "Leave files out that cannot be read, instead of stopping."
     tasks: int = 1
     "Tasks computed at once."
     examples: int = 3
@@ -140,7 +142,9 @@ def main(config: Config, run: Run) -> dict[str, Any]:
     folder = trained_folder(config.model)
     described = describe(folder)
     channels, height, _ = described.shape
-    images = load_images(config.data, config.split, *((height, channels) if config.resize else (None, None)))
+    images = load_images(config.data, config.split, *((height, channels) if config.resize else (None, None)), config.skip_bad)
+    for path in images.skipped:
+        run.say(f"skipped, cannot be read: {path}")
     described.check(shape_of(images), config.data)
     method = load(folder, device)
     ways = described.ways if config.ways is None else config.ways

@@ -15,10 +15,12 @@ calibration tasks. The graph module of TPN and the heads stay float: a rounding 
 """
 
 import copy
+import logging
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -278,6 +280,17 @@ def tasks(episode: Episode) -> list[dict[str, np.ndarray]]:
     return found
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No advice of the exporter and the quantizer: of packages this needs not, and of steps that are done."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
 def graph(predictor: Predictor, feed: dict[str, np.ndarray]) -> "onnx.ModelProto":
     """The predictor's graph."""
     support, queries, ways = (torch.export.Dim(name, min=least) for name, least in (("support", 2), ("queries", 1), ("ways", 2)))
@@ -285,7 +298,7 @@ def graph(predictor: Predictor, feed: dict[str, np.ndarray]) -> "onnx.ModelProto
     # a task of 1 or 2 would be taken for a constant: traced with sizes of its own
     example = [np.repeat(feed[name], 3, 0) for name in INPUTS]
     try:
-        with warnings.catch_warnings():
+        with quiet(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`isinstance.treespec")  # torch.export about its own classes
             warnings.filterwarnings("ignore", "# The axis name")  # two inputs share the axis "support"; meant so
             program = torch.onnx.export(
@@ -320,7 +333,7 @@ def quantized(model: "onnx.ModelProto", feeds: list[dict[str, np.ndarray]]) -> "
     chosen = [node.name for node in model.graph.node if node.op_type in QUANTIZED and in_backbone(node)]
     if not chosen:
         raise UserError("the backbone has no convolution or matrix product to quantize; leave out the bits")
-    with tempfile.TemporaryDirectory() as folder:
+    with quiet(), tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
         model.metadata_props.add(key="onnx.infer", value="onnxruntime.quant")  # has its shapes; spares a warning that it has none
         onnx.save(model, source)

@@ -104,6 +104,8 @@ class Config(FitConfig, Source):
     "Classes measured on."
     hold_out: float | None = None
     "Share of the classes, the last ones, that is measured on instead of trained on, of data that has no splits."
+    skip_bad: bool = False
+    "Leave files out that cannot be read, instead of stopping."
     examples: int = 3
     "Validation tasks kept for the report, with their images."
     output: Path | None = None
@@ -155,7 +157,7 @@ def main(config: Config, run: Run) -> dict[str, Any]:
     """Load, make, train, keep the best, save."""
     config.check()
     device = own_device(pick_device(config.device))
-    sets, held = ([images.to(device) for images in part] for part in read(config))
+    sets, held = ([images.to(device) for images in part] for part in read(config, run))
     validation = validating(config, held)
     torch.manual_seed(config.seed)
     started = time.monotonic()
@@ -201,16 +203,18 @@ def main(config: Config, run: Run) -> dict[str, Any]:
     )
 
 
-def read(config: Config) -> tuple[list[Images], list[Images]]:
+def read(config: Config, run: Run) -> tuple[list[Images], list[Images]]:
     """Sets to train on and sets to measure on, all of one shape."""
-    size, channels = config.size, config.channels
+    how = config.size, config.channels, config.skip_bad
     if config.hold_out is not None:
-        parts = [held_out(load_images(name, "all", size, channels), config.hold_out) for name in config.data]
+        parts = [held_out(load_images(name, "all", *how), config.hold_out) for name in config.data]
         sets, held = ([part[i] for part in parts] for i in range(2))
     else:
-        sets = [load_images(name, config.train_split, size, channels) for name in config.data]
-        held = [load_images(name, config.validation_split, size, channels) for name in config.validation_data or config.data]
+        sets = [load_images(name, config.train_split, *how) for name in config.data]
+        held = [load_images(name, config.validation_split, *how) for name in config.validation_data or config.data]
     one_shape([*sets, *held])
+    for path in (path for images in (*sets, *held) for path in images.skipped):
+        run.say(f"skipped, cannot be read: {path}")
     return sets, held
 
 
