@@ -301,6 +301,9 @@ def mxml(seed: int, options: argparse.Namespace) -> Iterator[dict]:
         ("invariant", True, "none"),
         ("invariant", False, "none"),
         ("invariant", True, "softmax"),
+        ("authors", True, "product"),
+        ("invariant", True, "product"),
+        ("invariant", False, "product"),
     ):
         torch.manual_seed(seed)
         network = m.WeightNetwork(256, ways if form == "authors" else None, form, transductive)

@@ -156,7 +156,7 @@ def mxml(
     members: Sequence[Mapping[str, Any]] = (),
     form: Literal["authors", "invariant"] = "authors",
     inductive: bool = False,
-    normalise: Literal["none", "softmax", "sum"] = "none",
+    normalise: Literal["none", "softmax", "sum", "product"] = "none",
 ) -> nn.Module:
     """A mixture; `members` are names and options of trained normalised prototypical networks."""
     from smidgen.fewshot.methods.mxml import MxML, NormalisedProtoNet, WeightNetwork
