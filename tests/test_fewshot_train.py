@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_fewshot_evaluate import SIDE, coloured, stored
 
+from smidgen import cli
 from smidgen.errors import UserError
 from smidgen.fewshot.augment import augmented
 from smidgen.fewshot.episodes import Sampler
@@ -283,3 +284,18 @@ def test_a_method_has_the_schedule_of_its_paper():
     }
     assert rates == {"tpn": [1, 1, 0.5, 0.125, 0.125], "btaml": [1] * 5, "normalised-protonet": [1, 1, 1, 1, pytest.approx(0.1)]}
     assert Config(("glyphs",), method="mxml", steps=100, weight_steps=10).weighing().learning_rate == 1e-4
+
+
+def test_the_command_line(data, tmp_path, capsys, monkeypatch):
+    """Options of the loop, of the command and of the method beside data sets that come first; and its recipe repeats a run."""
+    monkeypatch.chdir(tmp_path)
+    options = ["--option.width", "4", "--steps", "2", "--validation-episodes", "2", "--queries", "3", "--examples", "0", "--device", "cpu"]
+    augment = ["--augment", "crop", "--augment", "flip"]
+    assert cli.main(["fewshot", "train", str(data), str(data), "--method", "tpn", *options, *augment, "--output", "a"]) == 0
+    metrics = json.loads(capsys.readouterr().out)
+    assert metrics["method"] == "tpn" and metrics["steps"] == 2 and metrics["train_classes"] == 40
+    assert cli.main(["fewshot", "train", "--config", "a/config.yaml", "--output", "b"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["validation_accuracy"] == metrics["validation_accuracy"] and again["train_classes"] == 40
+    assert cli.main(["fewshot", "train", str(data), "--method", "protnet", "--output", "c"]) == 2
+    assert "there is no method 'protnet'" in capsys.readouterr().err and not (tmp_path / "c" / "metrics.json").exists()

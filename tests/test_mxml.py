@@ -422,7 +422,12 @@ def knowing(i: int, knows: int | None = None, ways: int = WAYS) -> Episode:
 
 @pytest.mark.parametrize(
     ("form", "transductive", "normalise"),
-    [*(("authors", True, n) for n in [*NORMALISE, "product"]), ("invariant", True, "sum"), ("authors", False, "none"), ("invariant", False, "softmax")],
+    [
+        *(("authors", True, n) for n in [*NORMALISE, "product"]),
+        ("invariant", True, "sum"),
+        ("authors", False, "none"),
+        ("invariant", False, "softmax"),
+    ],
 )
 def test_training_finds_the_member_that_knows(run, form, transductive, normalise):
     """Which member knows changes from task to task, so that no constant weights would do: half right, half noise, an ensemble fails."""

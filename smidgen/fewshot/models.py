@@ -3,17 +3,15 @@
 FOLDER/method.json           name, options, image shape, ways, shots, what it was trained on
 FOLDER/method.safetensors    parameters and buffers
 
-A method's options are the keyword arguments of its entry in METHODS, so that a name and a few values make it again; modules are imported
-only when their method is made.
+A method's options are the fields of the dataclasses its entry in METHODS names, so that a name and a few values make it again.
 """
 
-import inspect
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,6 +19,14 @@ from torch import nn
 from smidgen.errors import UserError
 from smidgen.fewshot.data import Shape
 from smidgen.fewshot.episodes import Shots
+from smidgen.fewshot.methods.btaml import BTAML, BTAMLConfig
+from smidgen.fewshot.methods.inner import Inner
+from smidgen.fewshot.methods.maml import MAML, MAMLConfig, MetaSGD, MetaSGDConfig
+from smidgen.fewshot.methods.mxml import Form, MxML, Normalise, NormalisedProtoNet, WeightNetwork
+from smidgen.fewshot.methods.propagation import LabelPropagation, Propagation
+from smidgen.fewshot.methods.prototypes import ProtoNet
+from smidgen.fewshot.methods.simpleshot import SimpleShot, base_mean
+from smidgen.fewshot.methods.tpn import TPN, graph_for, started
 from smidgen.images import Images
 from smidgen.networks import Conv4, Norm
 
@@ -28,182 +34,166 @@ TRAINED = "trained"  # folder of a run of `smidgen fewshot train`
 DESCRIPTION, TENSORS = "method.json", "method.safetensors"
 
 
-def protonet(shape: Shape, ways: int, *, width: int = 64, norm: Norm = "inductive") -> nn.Module:
-    """Prototypical networks over Conv-4."""
-    from smidgen.fewshot.methods.prototypes import ProtoNet
-
-    return ProtoNet(conv4(shape, width, norm))
+# --- options ---------------------------------------------------------------------------------------------------------
 
 
-def simpleshot(shape: Shape, ways: int, *, width: int = 64, norm: Norm = "inductive") -> nn.Module:
-    """SimpleShot over Conv-4; the base classes' mean is taken when the backbone is trained (`settle`)."""
-    from smidgen.fewshot.methods.simpleshot import SimpleShot
+@dataclass(frozen=True)
+class Network:
+    """Conv-4."""
 
-    return SimpleShot(conv4(shape, width, norm), torch.zeros(math.prod(maps(shape, width))))
+    width: int = 64
+    "Filters of a convolution."
+    norm: Norm = "inductive"
+    "inductive, or transductive: batch norm by the statistics of the batch, queries and all."
 
+    def made(self, shape: Shape) -> Conv4:
+        """For images of that shape."""
+        if self.width < 1:
+            raise UserError(f"--option.width must be positive, got {self.width}")
+        if self.norm not in ("inductive", "transductive"):
+            raise UserError(f"--option.norm is inductive or transductive, got {self.norm}")
+        self.maps(shape)
+        return Conv4(shape[0], self.width, self.norm)
 
-def label_propagation(
-    shape: Shape,
-    ways: int,
-    *,
-    width: int = 64,
-    norm: Norm = "inductive",
-    sigma: float = 0.0,
-    k: int = 20,
-    alpha: float = 0.99,
-    balance: float = 0.0,
-) -> nn.Module:
-    """Label propagation over Conv-4 with one sigma, 0: chosen by the spread of each task."""
-    from smidgen.fewshot.methods.propagation import LabelPropagation, Propagation
-
-    return LabelPropagation(conv4(shape, width, norm), sigma or None, Propagation(k, alpha, balance))
-
-
-def tpn(
-    shape: Shape,
-    ways: int,
-    *,
-    width: int = 64,
-    norm: Norm = "inductive",
-    k: int = 20,
-    alpha: float = 0.99,
-    balance: float = 0.0,
-    guard: bool = False,
-    prototypes: float = 0.0,
-    start: float = 0.3,
-) -> nn.Module:
-    """Transductive propagation network over Conv-4; `start` is what sigma is of every node before training, 0: as the layers draw it."""
-    from smidgen.fewshot.methods.propagation import Propagation
-    from smidgen.fewshot.methods.tpn import TPN, graph_for, started
-
-    return TPN(conv4(shape, width, norm), started(graph_for(maps(shape, width)), start), Propagation(k, alpha, balance), guard, prototypes)
+    def maps(self, shape: Shape) -> Shape:
+        """What it makes of an image: every block halves it, rounding down."""
+        _, height, across = shape
+        if min(height, across) < 16:
+            raise UserError(f"Conv-4 halves images four times: they need 16x16 pixels or more, these have {height}x{across}")
+        return self.width, height // 16, across // 16
 
 
-def maml(
-    shape: Shape,
-    ways: int,
-    *,
-    rate: float = 0.5,
-    width: int = 32,
-    steps: int = 5,
-    test_steps: int = 10,
-    clip: float = 3.0,
-    faithful_padding: bool = False,
-) -> nn.Module:
+@dataclass(frozen=True)
+class OneSigma:
+    """Of unlearned propagation."""
+
+    sigma: float = 0.0
+    "0: chosen by the spread of each task."
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Of TPN."""
+
+    guard: bool = False
+    "sigma above 0 (tpn.py)."
+    prototypes: float = 0.0
+    "Weight of a ProtoNet's loss on the same embeddings."
+    start: float = 0.3
+    "sigma of every node before training; 0: as the layers draw it."
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Of MxML."""
+
+    members: Sequence[Mapping[str, Any]] = ()
+    "Names and options of normalised prototypical networks."
+    form: Form = "authors"
+    "Of the network that weighs: authors for one number of ways, invariant for any."
+    inductive: bool = False
+    "A weight per query instead of one per task."
+    normalise: Normalise = "none"
+    "Of the weights: none, sum, softmax, product."
+
+
+# --- methods ---------------------------------------------------------------------------------------------------------
+
+
+def protonet(shape: Shape, ways: int, network: Network) -> nn.Module:
+    """Prototypical networks."""
+    return ProtoNet(network.made(shape))
+
+
+def simpleshot(shape: Shape, ways: int, network: Network) -> nn.Module:
+    """SimpleShot; the base classes' mean is taken when the backbone is trained (`settle`)."""
+    return SimpleShot(network.made(shape), torch.zeros(math.prod(network.maps(shape))))
+
+
+def label_propagation(shape: Shape, ways: int, network: Network, one: OneSigma, propagation: Propagation) -> nn.Module:
+    """Label propagation with one sigma."""
+    return LabelPropagation(network.made(shape), one.sigma or None, propagation)
+
+
+def tpn(shape: Shape, ways: int, network: Network, propagation: Propagation, learned: Learned) -> nn.Module:
+    """Transductive propagation network."""
+    backbone = network.made(shape)
+    return TPN(backbone, started(graph_for(network.maps(shape)), learned.start), propagation, learned.guard, learned.prototypes)
+
+
+def maml(shape: Shape, ways: int, config: MAMLConfig, inner: Inner) -> nn.Module:
     """MAML."""
-    from smidgen.fewshot.methods.inner import Inner
-    from smidgen.fewshot.methods.maml import MAML, MAMLConfig
-
-    return MAML(shape, MAMLConfig(rate, Inner(width, steps, test_steps, clip, faithful_padding)))
+    return MAML(shape, replace(config, inner=inner))
 
 
-def meta_sgd(
-    shape: Shape,
-    ways: int,
-    *,
-    rate: float = 0.01,
-    balance: Literal["images", "classes"] = "images",
-    width: int = 32,
-    steps: int = 5,
-    test_steps: int = 10,
-    clip: float = 3.0,
-    faithful_padding: bool = False,
-) -> nn.Module:
+def meta_sgd(shape: Shape, ways: int, config: MetaSGDConfig, inner: Inner) -> nn.Module:
     """Meta-SGD; with --option.balance classes the baseline that weighs classes by 1/N_c."""
-    from smidgen.fewshot.methods.inner import Inner
-    from smidgen.fewshot.methods.maml import MetaSGD, MetaSGDConfig
-
-    return MetaSGD(shape, MetaSGDConfig(rate, balance, Inner(width, steps, test_steps, clip, faithful_padding)))
+    return MetaSGD(shape, replace(config, inner=inner))
 
 
-def btaml(
-    shape: Shape,
-    ways: int,
-    *,
-    omega: bool = True,
-    gamma: bool = True,
-    z: bool = True,
-    bayesian: bool = True,
-    direct_omega: bool = False,
-    rate: float = 0.01,
-    samples: int = 10,
-    seed: int = 0,
-    width: int = 32,
-    steps: int = 5,
-    test_steps: int = 10,
-    clip: float = 3.0,
-    faithful_padding: bool = False,
-) -> nn.Module:
+def btaml(shape: Shape, ways: int, config: BTAMLConfig, inner: Inner) -> nn.Module:
     """Bayesian TAML."""
-    from smidgen.fewshot.methods.btaml import BTAML, BTAMLConfig
-    from smidgen.fewshot.methods.inner import Inner
-
-    inner = Inner(width, steps, test_steps, clip, faithful_padding)
-    return BTAML(shape, BTAMLConfig(omega, gamma, z, bayesian, direct_omega, rate, samples, seed, inner))
+    return BTAML(shape, replace(config, inner=inner))
 
 
-def normalised_protonet(shape: Shape, ways: int, *, width: int = 64, norm: Norm = "inductive") -> nn.Module:
+def normalised_protonet(shape: Shape, ways: int, network: Network) -> nn.Module:
     """A member of MxML, to be trained first."""
-    from smidgen.fewshot.methods.mxml import NormalisedProtoNet
-
-    return NormalisedProtoNet(conv4(shape, width, norm))
+    return NormalisedProtoNet(network.made(shape))
 
 
-def mxml(
-    shape: Shape,
-    ways: int,
-    *,
-    members: Sequence[Mapping[str, Any]] = (),
-    form: Literal["authors", "invariant"] = "authors",
-    inductive: bool = False,
-    normalise: Literal["none", "softmax", "sum", "product"] = "none",
-) -> nn.Module:
-    """A mixture; `members` are names and options of trained normalised prototypical networks."""
-    from smidgen.fewshot.methods.mxml import MxML, NormalisedProtoNet, WeightNetwork
-
-    if not members:
+def mxml(shape: Shape, ways: int, mixture: Mixture) -> nn.Module:
+    """A mixture of trained members."""
+    if not mixture.members:
         raise UserError("mxml mixes trained methods: give their runs with --members; each is trained by --method normalised-protonet")
-    made = [make(member["name"], shape, ways, member["options"]) for member in members]
+    made = [make(member["name"], shape, ways, member["options"]) for member in mixture.members]
     networks = [member for member in made if isinstance(member, NormalisedProtoNet)]
     if len(networks) < len(made):
         raise UserError("--members: the members of mxml are trained by --method normalised-protonet")
     with torch.no_grad():
-        sizes = {networks[i].eval().embed(torch.zeros(1, 1, *shape)).shape[-1] for i in range(len(networks))}
+        sizes = {network.eval().embed(torch.zeros(1, 1, *shape)).shape[-1] for network in networks}
     if len(sizes) > 1:
         raise UserError(f"--members: they have {', '.join(map(str, sorted(sizes)))} features; all must have the same number")
-    network = WeightNetwork(sizes.pop(), ways if form == "authors" else None, form, not inductive)
-    return MxML(networks, network, normalise)
+    network = WeightNetwork(sizes.pop(), ways if mixture.form == "authors" else None, mixture.form, not mixture.inductive)
+    return MxML(networks, network, mixture.normalise)
 
 
-METHODS: dict[str, Callable[..., nn.Module]] = {
-    "protonet": protonet,
-    "simpleshot": simpleshot,
-    "label-propagation": label_propagation,
-    "tpn": tpn,
-    "maml": maml,
-    "meta-sgd": meta_sgd,
-    "btaml": btaml,
-    "normalised-protonet": normalised_protonet,
-    "mxml": mxml,
+METHODS: dict[str, tuple[Callable[..., nn.Module], tuple[type, ...]]] = {
+    "protonet": (protonet, (Network,)),
+    "simpleshot": (simpleshot, (Network,)),
+    "label-propagation": (label_propagation, (Network, OneSigma, Propagation)),
+    "tpn": (tpn, (Network, Propagation, Learned)),
+    "maml": (maml, (MAMLConfig, Inner)),
+    "meta-sgd": (meta_sgd, (MetaSGDConfig, Inner)),
+    "btaml": (btaml, (BTAMLConfig, Inner)),
+    "normalised-protonet": (normalised_protonet, (Network,)),
+    "mxml": (mxml, (Mixture,)),
 }
+"What makes a method of (shape, ways, *options), and the dataclasses of its options."
 
 
-def conv4(shape: Shape, width: int, norm: Norm) -> Conv4:
-    """Checked for images it can read."""
-    if width < 1:
-        raise UserError(f"--option.width must be positive, got {width}")
-    if norm not in ("inductive", "transductive"):
-        raise UserError(f"--option.norm is inductive or transductive, got {norm}")
-    maps(shape, width)
-    return Conv4(shape[0], width, norm)
+def make(name: str, shape: Shape, ways: int, options: Mapping[str, Any]) -> nn.Module:
+    """An untrained method."""
+    if name not in METHODS:
+        raise UserError(f"there is no method {name!r}; there are {', '.join(METHODS)}")
+    build, kinds = METHODS[name]
+    defaults = {f.name: f.default for kind in kinds for f in fields(kind) if f.name != "inner"}
+    for option, value in options.items():
+        if option not in defaults:
+            raise UserError(f"--option.{option}: {name} has no such option; it has {', '.join(defaults) or 'none'}")
+        if not _like(value, defaults[option]):
+            raise UserError(f"--option.{option} {value}: not a value like the default, {defaults[option]}")
+    chosen = [kind(**{f.name: options[f.name] for f in fields(kind) if f.name in options}) for kind in kinds]
+    return build(shape, ways, *chosen)
 
 
-def maps(shape: Shape, width: int) -> Shape:
-    """What Conv-4 makes of an image: every block halves it, rounding down."""
-    _, height, across = shape
-    if min(height, across) < 16:
-        raise UserError(f"Conv-4 halves images four times: they need 16x16 pixels or more, these have {height}x{across}")
-    return width, height // 16, across // 16
+def _like(value: Any, default: Any) -> bool:
+    """Whether a value has the default's type; whole numbers are numbers, and a list of members is one as JSON has it."""
+    if isinstance(default, tuple):
+        return isinstance(value, list | tuple)
+    return type(value) is type(default) or (isinstance(default, float) and type(value) is int)
+
+
+# --- trained ones ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -227,27 +217,6 @@ class Description:
             raise UserError(
                 f"{source} has images of {theirs} (channels x height x width), the model reads {ours}; add --resize or train anew"
             )
-
-
-def make(name: str, shape: Shape, ways: int, options: Mapping[str, Any]) -> nn.Module:
-    """An untrained method."""
-    if name not in METHODS:
-        raise UserError(f"there is no method {name!r}; there are {', '.join(METHODS)}")
-    known = inspect.signature(METHODS[name]).parameters.values()
-    defaults = {p.name: p.default for p in known if p.kind is p.KEYWORD_ONLY}
-    for option, value in options.items():
-        if option not in defaults:
-            raise UserError(f"--option.{option}: {name} has no such option; it has {', '.join(defaults) or 'none'}")
-        if not _like(value, defaults[option]):
-            raise UserError(f"--option.{option} {value}: not a value like the default, {defaults[option]}")
-    return METHODS[name](shape, ways, **options)
-
-
-def _like(value: Any, default: Any) -> bool:
-    """Whether a value has the default's type; whole numbers are numbers, and a list of members is one as JSON has it."""
-    if isinstance(default, tuple):
-        return isinstance(value, list | tuple)
-    return type(value) is type(default) or (isinstance(default, float) and type(value) is int)
 
 
 def save(folder: Path, method: nn.Module, description: Description) -> None:
@@ -285,8 +254,6 @@ def load(folder: Path, device: torch.device | str = "cpu") -> nn.Module:
 
 def load_members(mixture: nn.Module, folders: Sequence[Path]) -> None:
     """The trained parameters of the members of a mixture just made."""
-    from smidgen.fewshot.methods.mxml import MxML
-
     assert isinstance(mixture, MxML)
     for member, folder in zip(mixture.members, folders, strict=True):
         member.load_state_dict(load(folder).state_dict())
@@ -294,8 +261,6 @@ def load_members(mixture: nn.Module, folders: Sequence[Path]) -> None:
 
 def settle(method: nn.Module, sets: Sequence[Images], batch: int = 256) -> bool:
     """What is taken from the training images when the backbone is trained: SimpleShot's mean. Whether there was anything to take."""
-    from smidgen.fewshot.methods.simpleshot import SimpleShot, base_mean
-
     if not isinstance(method, SimpleShot):
         return False
     method.eval()

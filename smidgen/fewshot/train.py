@@ -13,7 +13,7 @@ classes, then the network that weighs them, from tasks of the other fifth, which
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -45,17 +45,23 @@ HALVED: dict[str, Any] = {"schedule": "steps", "decay": 0.5, "decay_every": 10_0
 SCHEDULES: dict[str, dict[str, Any]] = {name: {"schedule": "constant"} for name in ("maml", "meta-sgd", "btaml")}  # notes 3.5
 
 
-@Parameter(name="*")
 @dataclass(frozen=True)
-class Config(FitConfig):
-    """Options of `smidgen fewshot train`."""
+class Source:
+    """What comes first on the command line: a base of its own, whose fields come before those of the bases named before it."""
 
     data: tuple[str, ...]
     "Images with labels, divided by class: glyphs (from the package), a folder of class folders, a .npz or a .csv; one or several."
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Config(FitConfig, Source):
+    """Options of `smidgen fewshot train`."""
+
     _: KW_ONLY
     method: str = "protonet"
     "By name; a wrong one is answered with the list."
-    option: Mapping[str, int | float | bool | str] = field(default_factory=dict)
+    option: dict[str, int | float | bool | str] = field(default_factory=dict)
     "Of the method, as --option.width 32; a wrong one is answered with the list."
     members: tuple[Path, ...] = ()
     "Of --method mxml: runs of --method normalised-protonet. The classes trained on now should be new to them."
