@@ -308,6 +308,9 @@ def mxml(seed: int, options: argparse.Namespace) -> Iterator[dict]:
         ("invariant", True, "none"),
         ("invariant", False, "none"),
         ("invariant", True, "softmax"),
+        ("authors", True, "product"),
+        ("invariant", True, "product"),
+        ("invariant", False, "product"),
         ("invariant", True, "sum"),
     ):
         torch.manual_seed(seed)

@@ -94,7 +94,7 @@ class Mixture:
     inductive: bool = False
     "A weight per query instead of one per task."
     normalise: Normalise = "none"
-    "Of the weights: none, sum, softmax."
+    "Of the weights: none, sum, softmax, product."
 
 
 # --- methods ---------------------------------------------------------------------------------------------------------

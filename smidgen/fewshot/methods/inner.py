@@ -8,10 +8,11 @@ theta_0, rate and w; each may differ from task to task, and the outer gradient g
 Tasks are adapted side by side: every operation has a leading axis of tasks, and as no task's loss knows another's weights, the gradient of
 their sum is each one's own. Weights are passed as arguments and not held by layers, because every task ends with its own.
 
-What makes it fast is the layout of maps, (tasks, parts, channels, images of a part, height, width): a convolution is a matrix product per
-task and part, whose result needs no transposing; with all images of a task in one product, the gradient of the weights is a sum of a
-quarter million terms by a handful of the GPU's processors, two thirds of all time. And pooling comes before batch norm, which has no scale
-here, so that larger stays larger: the same numbers from a quarter of the entries.
+What makes it fast is the layout of maps, (parts, channels, images of a part, height, width), where a part is eight images of one task: a
+convolution is a matrix product per part, whose result needs no transposing. With all images of a task in one product, the gradient of the
+weights would be a sum of a quarter million terms by a handful of the GPU's processors, two thirds of all time. Tasks that are shorter than
+others have fewer parts, so padding costs next to nothing. And pooling comes before batch norm, which has no scale here, so that larger
+stays larger: the same numbers from a quarter of the entries.
 
 Rows of padding (label -1) have no part in the loss, in N, or in the statistics of batch norm. `faithful_padding` counts them in the latter
 two, as the authors' code does (notes 3.7): for comparison only.
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -90,14 +91,14 @@ class Classifier(nn.Module):
 
     def adapt(self, theta: Layers, rates: Layers, emphasis: Float[Tensor, "tasks ways"], episode: Episode, steps: int) -> Layers:
         """theta_K of every task. `theta`, `rates`: (tasks, *shape); `emphasis` is w."""
-
-        y, counted = episode.support_y, self._counted(episode.support_y)
-        weight = emphasis.gather(1, y.clamp(min=0)) * (y >= 0) * episode.ways / counted.sum(1, keepdim=True)
-        outer = torch.is_grad_enabled()
+        parts, y = Parts.of(episode.support_x, self._counted(episode.support_y)), episode.support_y
+        images = parts.total(parts.counted.sum(1))[:, None]  # N
+        weight = parts.cut(emphasis.gather(1, y.clamp(min=0)) * (y >= 0) * episode.ways / images)
+        y, outer = parts.cut(y), torch.is_grad_enabled()
         with torch.enable_grad():
             for _ in range(steps):
                 theta = [(_tracked(w, outer), _tracked(b, outer)) for w, b in theta]
-                loss = (weight * cross_entropy(self.logits(theta, episode.support_x, counted), y)).sum()  # L of every task, added up
+                loss = (weight * cross_entropy(self.logits(theta, parts), y)).sum()  # L of every task, added up
                 flat = torch.autograd.grad(loss, [tensor for layer in theta for tensor in layer], create_graph=outer)
                 theta = [
                     (w - rate_w * g_w, b - rate_b * g_b)
@@ -107,19 +108,16 @@ class Classifier(nn.Module):
 
     def answers(self, theta: Layers, episode: Episode) -> Float[Tensor, "tasks queries ways"]:
         """Logits of the queries, normalized with the statistics of one another."""
-        return self.logits(theta, episode.query_x, self._counted(episode.query_y))
+        parts = Parts.of(episode.query_x, self._counted(episode.query_y))
+        return parts.joined(self.logits(theta, parts))[:, : episode.query_y.shape[1]]
 
-    def logits(
-        self, theta: Layers, x: Float[Tensor, "tasks n channels height width"], counted: Float[Tensor, "tasks n"]
-    ) -> Float[Tensor, "tasks n ways"]:
-        """Of every task with its own weights. `counted`: 1 for images that enter the statistics of batch norm, otherwise 0."""
-        n = x.shape[1]
-        x, counted = in_parts(x).transpose(2, 3), in_parts(counted)
+    def logits(self, theta: Layers, parts: "Parts") -> Float[Tensor, "parts part ways"]:
+        """Of every image by its own task's weights."""
+        x = parts.x.transpose(1, 2)
         for (weight, bias), shift in zip(theta[:BLOCKS], self.shift, strict=True):
-            x = F.relu(pooled(convolved(x, weight), bias, shift, counted))
+            x = F.relu(pooled(convolved(x, parts.each(weight)), bias, shift, parts))
         weight, bias = theta[BLOCKS]
-        x = x.transpose(2, 3).flatten(3).flatten(1, 2)[:, :n]
-        return torch.baddbmm(bias[:, None], x, weight.mT)
+        return torch.baddbmm(parts.each(bias)[:, None], x.transpose(1, 2).flatten(2), parts.each(weight).mT)
 
     def _counted(self, y: Int[Tensor, "tasks n"]) -> Float[Tensor, "tasks n"]:
         real = torch.ones_like(y) if self.inner.faithful_padding else y >= 0
@@ -147,36 +145,73 @@ class Rates(nn.Module):
         return per_task([*pairs[:BLOCKS], (weight.expand(ways, -1), bias.expand(ways))], len(episode.support_x))
 
 
-def in_parts(x: Float[Tensor, "tasks n *rest"]) -> Float[Tensor, "tasks parts part *rest"]:
-    """Images of every task in parts of one size, filled up with zeros."""
+@dataclass(frozen=True)
+class Parts:
+    """Images of several tasks, each task's cut into parts of one size, filled up with zeros; parts without an image are left out."""
+
+    kept: Bool[Tensor, "tasks most"]
+    "Which of the parts there could be are there."
+    member: Float[Tensor, "tasks parts"]
+    "1 where a part is of a task."
+    x: Float[Tensor, "parts part channels height width"]
+    counted: Float[Tensor, "parts part"]
+    "1 for images that enter the statistics of batch norm, otherwise 0."
+
+    @staticmethod
+    def of(x: Float[Tensor, "tasks n channels height width"], counted: Float[Tensor, "tasks n"]) -> "Parts":
+        """All images that are counted, and what shares a part with them."""
+        kept = _eights(counted).any(-1)
+        member = F.one_hot(kept.nonzero()[:, 0], len(kept)).T.to(counted.dtype)
+        return Parts(kept, member, _eights(x)[kept], _eights(counted)[kept])
+
+    def cut(self, values: Shaped[Tensor, "tasks n"]) -> Shaped[Tensor, "parts part"]:
+        """A number per image, cut alike."""
+        return _eights(values)[self.kept]
+
+    def joined(self, values: Float[Tensor, "parts part *rest"]) -> Float[Tensor, "tasks most_n *rest"]:
+        """The way back; zeros where no part was."""
+        whole = values.new_zeros(*self.kept.shape, *values.shape[1:])
+        return whole.masked_scatter(self.kept.view(*self.kept.shape, *[1] * (values.ndim - 1)), values).flatten(1, 2)
+
+    def total(self, values: Float[Tensor, "parts *rest"]) -> Float[Tensor, "tasks *rest"]:
+        """Sums over each task's parts."""
+        return (self.member @ values.flatten(1)).unflatten(1, values.shape[1:]) if values.ndim > 1 else self.member @ values
+
+    def each(self, values: Float[Tensor, "tasks *rest"]) -> Float[Tensor, "parts *rest"]:
+        """To every part what is its task's; a product of matrices, whose gradient is one too, and always the same."""
+        return (self.member.T @ values.flatten(1)).unflatten(1, values.shape[1:])
+
+
+def _eights(x: Shaped[Tensor, "tasks n *rest"]) -> Shaped[Tensor, "tasks most part *rest"]:
     missing = -x.shape[1] % PART
     return F.pad(x, (*[0, 0] * (x.ndim - 2), 0, missing)).unflatten(1, (-1, PART))
 
 
 def convolved(
-    x: Float[Tensor, "tasks parts channels part height width"], weight: Float[Tensor, "tasks filters channels 3 3"]
-) -> Float[Tensor, "tasks parts filters part height width"]:
-    """3 x 3, zeros around; every task has weights of its own."""
-    windows = F.pad(x, (1, 1, 1, 1)).unfold(4, 3, 1).unfold(5, 3, 1)  # (tasks, parts, channels, part, height, width, 3, 3)
-    columns = windows.permute(0, 1, 2, 6, 7, 3, 4, 5).flatten(2, 4).flatten(3)  # (tasks, parts, 9 channels, part height width)
-    return (weight.flatten(2)[:, None] @ columns).unflatten(3, x.shape[3:])
+    x: Float[Tensor, "parts channels part height width"], weight: Float[Tensor, "parts filters channels 3 3"]
+) -> Float[Tensor, "parts filters part height width"]:
+    """3 x 3, zeros around; every part has weights of its own."""
+    windows = F.pad(x, (1, 1, 1, 1)).unfold(3, 3, 1).unfold(4, 3, 1)  # (parts, channels, part, height, width, 3, 3)
+    columns = windows.permute(0, 1, 5, 6, 2, 3, 4).flatten(1, 3).flatten(2)  # (parts, 9 channels, part height width)
+    return (weight.flatten(2) @ columns).unflatten(2, x.shape[2:])
 
 
 def pooled(
-    x: Float[Tensor, "tasks parts channels part height width"],
+    x: Float[Tensor, "parts channels part height width"],
     bias: Float[Tensor, "tasks channels"],
     shift: Float[Tensor, "channels"],
-    counted: Float[Tensor, "tasks parts part"],
-) -> Float[Tensor, "tasks parts channels part half_height half_width"]:
+    parts: Parts,
+) -> Float[Tensor, "parts channels part half_height half_width"]:
     """Maximum over 2 x 2 of x + bias, after batch norm by mean and biased variance of a task's images counted."""
-    share = (counted / counted.sum((1, 2), keepdim=True))[:, :, None]
-    variances, means = torch.var_mean(x, (4, 5), correction=0)  # of every image
-    mean = (means * share).sum((1, 3))  # (tasks, channels)
-    variance = ((variances + (means - mean[:, None, :, None]).square()) * share).sum((1, 3))
+    images = parts.total(parts.counted.sum(1))[:, None]
+    counted = parts.counted[:, None]
+    variances, means = torch.var_mean(x, (3, 4), correction=0)  # of every image
+    mean = parts.total((means * counted).sum(2)) / images  # (tasks, channels)
+    variance = parts.total(((variances + (means - parts.each(mean)[..., None]).square()) * counted).sum(2)) / images
     scale = (variance + EPSILON).rsqrt()
     shift = shift + (bias - (mean + bias)) * scale  # what follows a bias takes it away again
-    most = F.max_pool2d(x.flatten(0, 2), 2).unflatten(0, x.shape[:3])
-    return torch.addcmul(shift[:, None, :, None, None, None], most, scale[:, None, :, None, None, None])
+    most = F.max_pool2d(x.flatten(0, 1), 2).unflatten(0, x.shape[:2])
+    return torch.addcmul(parts.each(shift)[..., None, None, None], most, parts.each(scale)[..., None, None, None])
 
 
 def cross_entropy(logits: Float[Tensor, "*n ways"], y: Int[Tensor, "*n"]) -> Float[Tensor, "*n"]:

@@ -11,7 +11,10 @@ mixture of the members' predictions by its weights is the answer. N ways, T quer
 The network exists twice: `authors`, a 1 x N convolution, for a fixed N and dependent on the order of classes; and `invariant`, our own.
 So does the mixture: `normalise="none"` is the authors' code, whose scores go through a softmax in the loss, so that the weights are an
 inverse temperature too; "sum" and "softmax" are the textbook's mixture, whose weights sum to one and whose logarithm is the loss. Which
-of the two the published paper writes is not known to us.
+of the two the published paper writes is not known to us. "product", our own, adds up logarithms instead: members of length-10 features are
+so sure that a sum of their probabilities is little more than a vote, which forgets how sure each was.
+
+    score(c | q)      = sum_m w_m log p_m(c | q),  w_m = softplus(a_m) / 100                "product"
 
 Training has two stages (4.2, 4.4): members, each on its data set (`train_members`); then, members frozen with all their statistics, the
 network on tasks of classes that no member has seen, of data sets drawn uniformly (`train_weights` with a `sets.SetsSampler`). All data
@@ -42,7 +45,7 @@ from smidgen.run import Run
 SCALE = 10.0  # length of a member's features
 MOST = 100.0  # bound of a weight
 Form = Literal["authors", "invariant"]
-Normalise = Literal["none", "softmax", "sum"]
+Normalise = Literal["none", "softmax", "sum", "product"]
 Episodes = Callable[[int], Episode]  # numbered batches of tasks: a Sampler, a SetsSampler
 
 MEMBERS = FitConfig(steps=10_000, learning_rate=1e-3, schedule="steps", decay=0.1, decay_every=7000, clip=None)
@@ -176,7 +179,7 @@ class MxML(nn.Module):
         return self
 
     def weights(self, episode: Episode) -> Float[Tensor, "tasks members weighted"]:
-        """Per task, or, inductive, per query: in (0, 100), or summing to one over members."""
+        """Per task, or, inductive, per query: in (0, 100), summing to one over members, or ("product") positive."""
         return self._parts(episode)[1].exp()
 
     def loss(self, episode: Episode) -> Float[Tensor, ""]:
@@ -234,7 +237,10 @@ def log_weights(a: Float[Tensor, "tasks members weighted"], normalise: Normalise
     none      w = 100 sigmoid(a)                (4.3)
     sum       w = sigmoid(a_m) / sum sigmoid(a)
     softmax   w = exp(a_m) / sum exp(a)         of a, before the sigmoid, which would bound the ratio of two weights
+    product   w = softplus(a) / 100             features of length 10 make logarithms down to -400, and these small again
     """
+    if normalise == "product":
+        return torch.where(a < -15, a, F.softplus(a.clamp(min=-15)).log()) - 2 * np.log(SCALE)
     if normalise == "softmax":
         return a.log_softmax(1)
     log_w = F.logsigmoid(a)
@@ -244,11 +250,13 @@ def log_weights(a: Float[Tensor, "tasks members weighted"], normalise: Normalise
 def mixed(
     log_p: Float[Tensor, "tasks members queries ways"], log_w: Float[Tensor, "tasks members weighted"], normalise: Normalise
 ) -> Float[Tensor, "tasks queries ways"]:
-    """Logits of the mixture: its scores as they are ("none"), or its logarithm, whose softmax it is.
+    """Logits of the mixture: its scores as they are ("none", "product"), or its logarithm, whose softmax it is.
 
     Two members that say (0.9, 0.1) and (0.2, 0.8), weighted 3 and 1: scores (2.9, 1.1); by weights 0.75 and 0.25, (0.725, 0.275).
     Logarithms throughout, since a member's probability of e^-400 is 0 in float32 and has no gradient.
     """
+    if normalise == "product":
+        return (log_p * log_w.exp()[..., None]).sum(1)
     log_mixture = (log_p + log_w[..., None]).logsumexp(1)
     return log_mixture.exp() if normalise == "none" else log_mixture
 
