@@ -63,7 +63,12 @@ def cell(rows: list[Row]) -> str:
 def name(method: str) -> str:
     """In words."""
     plain, _, rest = method.partition(" rebalanced")
-    words = NAMES.get(plain, plain.replace("member ", "member "))
+    kind, *details = plain.split()
+    words = NAMES.get(plain, plain)
+    if kind == "member":
+        words = f"member {SETS.get(details[0], details[0])}"
+    if kind == "mxml":
+        words = f"MxML, {', '.join(details)}"
     return f"{words}, rebalanced" if method.endswith("rebalanced") and not rest else words
 
 

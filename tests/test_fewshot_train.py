@@ -347,3 +347,15 @@ def test_photos_of_all_sizes_and_modes(photos, capsys):
     err = capsys.readouterr().err
     assert code == 2 and "class 'test2' has only 1 image that can be read, 2 or more are needed" in err
     assert not any((Path(name) / "metrics.json").exists() for name in ("sizes", "ways", "bad", "one"))
+
+
+def test_uneven_queries_leave_the_shots_alone():
+    """Of 12 images a class, 5 to learn from: however many queries are drawn, at most 7 are asked."""
+    for shots in (5, "any"):
+        episodes = [Sampler(coloured(each=12), 3, shots, 7, "dirichlet", tasks=4)(i) for i in range(20)]
+        asked = torch.cat([torch.stack([(e.query_y == c).sum(1) for c in range(3)], 1) for e in episodes])
+        assert asked.max() == (7 if shots == 5 else 11) and len(asked.unique()) > 5
+        if shots == 5:
+            assert all((e.shots() == 5).all() for e in episodes)
+        else:
+            assert min(int(e.shots().min()) for e in episodes) >= 1

@@ -11,7 +11,8 @@ Who draws how many:
 
     shots       a number: every class has so many; "any": with probability 1/2 all classes of a task have the same n ~ U{1 .. 50}, otherwise
                 each its own (notes 3.1); "any-class" and "any-task" are the two halves alone. Classes with too few images get fewer.
-    queries     per class; "dirichlet": ways x queries in all, shared out by a Dirichlet(2) draw, so that classes are unbalanced (notes 5.4)
+    queries     per class; "dirichlet": ways x queries in all, shared out by a Dirichlet(2) draw (notes 5.4), as far as a class has
+                images beside its shots
 
 Images that belong together (`Images.groups`: frames of one film) are never on both sides of a task: half of a class's groups, drawn anew
 for every task, are for its queries, the others for its support; where one of the halves has too few images the class gets fewer.
@@ -174,7 +175,8 @@ class Sampler(Tasks[Images]):
         support: list[np.ndarray] = []
         query: list[np.ndarray] = []
         for way, c in enumerate(classes):
-            for_query, for_support = self._sides(self.members[c], int(queries[way]), random)
+            most = sum(map(len, self.members[c])) - (self.shots if isinstance(self.shots, int) else 1)
+            for_query, for_support = self._sides(self.members[c], min(int(queries[way]), most), random)
             query.append(for_query)
             support.append(for_support[: shots[way]])
         labels = [np.repeat(np.arange(self.ways), [len(p) for p in part]) for part in (support, query)]
@@ -182,11 +184,10 @@ class Sampler(Tasks[Images]):
 
     @staticmethod
     def _sides(parts: Sequence[np.ndarray], queries: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Of one class as many images to ask about, or all but one; and those to learn from, in a random order."""
+        """Of one class so many images to ask about, or as many as there are for it; and those to learn from, in a random order."""
         if len(parts) == 1:
             members = random.permutation(parts[0])
-            asked = min(queries, len(members) - 1)
-            return members[:asked], members[asked:]
+            return members[:queries], members[queries:]
         order = random.permutation(len(parts))
         half = len(order) // 2
         asked, shown = (random.permutation(np.concatenate([parts[g] for g in side])) for side in (order[:half], order[half:]))
