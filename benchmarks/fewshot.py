@@ -30,6 +30,9 @@ Recipes (notes 2.4, 3.5, 4.2, 4.4; what is ours is marked *)
 Accuracy is the mean over episodes, the interval 1.96 s / sqrt(episodes) of it. Images of other shapes are scaled, and grey ones made
 coloured, where a table mixes data sets. Of GTSRB frames of one track are never in both support and queries: half of a class's tracks,
 drawn anew for every task, are for each; the published any-shot protocol ignores tracks.
+
+One thread of two busy cores, seconds of processor time per update of 4 tasks, 32 x 32, 15 queries: ProtoNet 5w1s 0.65, TPN 5w1s 0.75, TPN
+5w5s 1.05. Trainings are a GPU's work.
 """
 
 import argparse
