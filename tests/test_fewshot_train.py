@@ -12,6 +12,7 @@ from test_fewshot_evaluate import SIDE, coloured, stored
 
 from smidgen import cli
 from smidgen.errors import UserError
+from smidgen.fewshot import train as training
 from smidgen.fewshot.augment import augmented
 from smidgen.fewshot.episodes import Sampler
 from smidgen.fewshot.evaluate import evaluated
@@ -189,10 +190,22 @@ def two(tmp_path_factory) -> tuple[str, str]:
     return tuple(str(stored(folder / f"{name}.npz", coloured(45, each=20, seed=i, noise=60.0))) for i, name in enumerate("ab"))
 
 
-def test_a_mixture_is_trained_in_two_stages_on_several_sets(quick, trained, two):
+def test_a_mixture_is_trained_in_two_stages_on_several_sets(quick, trained, two, monkeypatch):
     """Members see four fifths of their set's training classes, the weights the rest of both; members stay as stage one left them."""
+    stages = []
+
+    def told(stage, tasks):
+        def called(*arguments, **options):
+            stages.append({c.rpartition("/")[2] for sampler in tasks(arguments) for c in sampler.classes})
+            return stage(*arguments, **options)
+
+        return called
+
+    monkeypatch.setattr(training, "train_members", told(training.train_members, lambda given: given[1]))
+    monkeypatch.setattr(training, "train", told(training.train, lambda given: [given[1]]))
     config = replace(quick, data=two, method="mxml", ways=3, steps=20, weight_steps=6, evaluate_every=10, validation_episodes=8)
     metrics, folder = trained(config)
+    assert [len(classes) for classes in stages] == [12, 3] and not stages[0] & stages[1]
     members = [folder / "members" / str(i) for i in range(2)]
     assert [describe(m).data.split(":")[0] for m in members] == list(two)
     mixture = load(folder / TRAINED)
