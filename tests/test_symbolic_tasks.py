@@ -1,5 +1,6 @@
 """Tasks: that targets are right, that sizes are the stated ones, that splits and seeds hold, and files read or refused."""
 
+import doctest
 import io
 import json
 import re
@@ -9,6 +10,8 @@ from contextlib import redirect_stdout
 import numpy as np
 import pytest
 
+import smidgen.symbolic.decoders
+import smidgen.symbolic.vocabulary
 from smidgen.errors import UserError
 from smidgen.symbolic.tasks import NLP, NOOP, TLU, Examples, open_task
 from smidgen.symbolic.tasks.addition import given
@@ -65,7 +68,7 @@ def test_number_sequences_follow_the_recurrence():
 
 
 def test_number_sequences_have_the_measured_lengths():
-    """Notes 6.1: input with its end, train mean 23, ID 28, OOD 92 and at most 113; 99.8 % of long ones end in three terms of one sign, 69 %."""
+    """Notes 6.1: input with its end, train mean 23, ID 28, OOD 92, at most 113; the last three terms are of one sign in 69 % and 99.8 %."""
     task = open_task("number-sequence")
     for split, mean, share in (("train", 23, None), ("id", 28, 0.69), ("ood", 92, 0.998)):
         batch = task.sample(split, 10_000)
@@ -126,7 +129,7 @@ def test_programs_have_the_measured_shape():
     """Notes 6.3: input mean 29 in training, 41 ID, 47 OOD, at most 77 and 83; 24 % negative; 1 in 36 a bare number."""
     task = open_task("program")
     for split, mean in (("train", 29), ("id", 41), ("ood", 47)):
-        assert task.sample(split, 6000).lengths.mean() == pytest.approx(mean, abs=0.8)
+        assert task.sample(split, 3000).lengths.mean() == pytest.approx(mean, abs=1.0)
     examples = task.examples("id", 6000)
     assert np.mean([target.startswith("-") for target in examples.targets]) == pytest.approx(0.24, abs=0.02)
     bare = [GROUPS[group] == "identity, identity" for group in examples.groups]
@@ -201,15 +204,15 @@ def test_stories_are_read_up_to_their_question():
 def test_babi_is_read_whole(babi):
     task = open_task("babi:joint", babi)
     assert task.classifies and task.slots == 1 and task.groups[19] == "qa20"
-    assert task.splits["id"] == 20 * 3 and task.splits["train"] == 19 * task.splits["dev"] == 19 * 6 * 20
+    assert task.splits == {"train": 20 * 116, "dev": 20 * 4, "id": 20 * 3}
     batch = task.sample("id")
     assert batch.tokens.shape[1] <= task.length and batch.target.shape == (60,) and batch.actions is not None
     assert [task.groups[g] for g in batch.group[:6]] == ["qa1"] * 3 + ["qa2"] * 3
     assert any("qa4: 2 of 2 test stories" in note for note in task.notes) and any("qa3: 120 training" in note for note in task.notes)
     one = open_task("babi:3", babi)
-    assert one.groups == ("qa3",) and one.splits["train"] == 6 * 19
+    assert one.groups == ("qa3",) and one.splits["train"] == 116
     drawn = task.sample("train", 64, seed=1)
-    assert len(np.unique(drawn.tokens, axis=0)) > 30
+    assert len(np.unique(drawn.tokens, axis=0)) > 20
 
 
 def test_a_folder_is_as_good_as_an_archive(babi, tmp_path):
@@ -227,7 +230,10 @@ def test_own_tasks(tmp_path):
     assert not task.classifies and task.splits == {"train": 80, "dev": 10, "id": 11} or sum(task.splits.values()) == 101
     parts = [set(task.examples(split).inputs) for split in task.splits]
     assert len(set.union(*parts)) == sum(map(len, parts)) == 100, "an input repeated stays in one split"
-    labelled = [{"input": "turn the light on!", "label": "on", "split": "train"}, {"input": "dark, please", "label": "off", "split": "train"}]
+    labelled = [
+        {"input": "turn the light on!", "label": "on", "split": "train"},
+        {"input": "dark, please", "label": "off", "split": "train"},
+    ]
     path.write_text("\n".join(map(json.dumps, [*labelled, labelled[0] | {"split": "dev"}, labelled[1] | {"split": "ood"}])))
     task = open_task(str(path))
     assert task.classifies and task.answers.symbols == ("off", "on") and task.splits == {"train": 2, "dev": 1, "ood": 1}
@@ -285,3 +291,9 @@ def test_vocabularies_round_trip_and_name_what_they_lack():
     ids, _ = told.encode(["Where is Mary?", "Mary"])
     assert ids.tolist() == [[4, 5, 3, 2, 1], [3, 1, 0, 0, 0]] and told.decode(ids[0]) == "Where is Mary ?"
     assert Examples([], [], []).take([]) == Examples([], [], [])
+
+
+@pytest.mark.parametrize("module", [smidgen.symbolic.vocabulary, smidgen.symbolic.decoders], ids=["vocabulary", "decoders"])
+def test_docstrings_hold(module):
+    tests = [t for t in doctest.DocTestFinder().find(module) if t.examples]
+    assert tests and all(doctest.DocTestRunner().run(t).failed == 0 for t in tests)

@@ -1,8 +1,8 @@
 """Questions and answers as text, drawn by seed; what every task offers, and the tasks by name.
 
 A task draws examples of a split: `train` and `dev` to learn and choose with, `id` to test with questions like those, `ood` to test with
-longer ones. Draws depend on task, split, number and seed alone. Nothing is ever cut: the longest input and target are stated, and what to do
-with long ones is the model's business.
+longer ones. Draws depend on task, split, number and seed alone. Nothing is ever cut: the longest input and target are stated, and what to
+do with long ones is the model's business.
 
     sequence task     target (n, slots): symbols in reading order, then END, then PAD
     label task        target (n,): indices into answers.symbols

@@ -15,6 +15,7 @@ import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from lzma import LZMAError
 from pathlib import Path
 
@@ -52,7 +53,8 @@ class Question:
     def actions(self) -> list[int]:
         """Of its tokens, the end included."""
         told = [
-            [NOOP] * len(sentence) if i not in self.support else [NLP] + [TLU] * (len(sentence) - 1) for i, sentence in enumerate(self.story)
+            [NOOP] * len(sentence) if i not in self.support else [NLP] + [TLU] * (len(sentence) - 1)
+            for i, sentence in enumerate(self.story)
         ]
         return [NOOP, *[TLU] * len(self.words), NOOP, *(action for sentence in told for action in sentence), NOOP]
 
@@ -159,22 +161,32 @@ def stories(text: str, number: int) -> list[Story]:
             found, sentences, places = [*found, []], [], {}
         if "\t" not in told:
             places[place] = len(sentences)
-            sentences.append(tuple(words(told)))
+            sentences.append(sentence(told))
             continue
         asked, answer, support = (told.split("\t") + [""])[:3]
         supporting = frozenset(places[s] for s in support.split())
-        found[-1].append(Question(number, tuple(words(asked)), tuple(sentences), supporting, answer))
+        found[-1].append(Question(number, sentence(asked), tuple(sentences), supporting, answer))
     return found
+
+
+@cache
+def sentence(text: str) -> tuple[str, ...]:
+    """Its words, one object however often it is told: the million sentences of the joint task are a few thousand different ones."""
+    return tuple(words(text))
 
 
 def repeated(number: int, training: list[Story], test: list[Story]) -> list[str]:
     """Says how many whole stories of the test occur in training."""
-    known = {tuple(q.text for q in story) for story in training}
-    count = sum(tuple(q.text for q in story) in known for story in test)
+
+    def whole(story: Story) -> tuple:
+        return story[-1].story, tuple(q.words for q in story)
+
+    known = {whole(story) for story in training}
+    count = sum(whole(story) in known for story in test)
     return [f"qa{number}: {count} of {len(test):,} test stories are training stories too"] if count else []
 
 
 def vocabulary(questions: list[Question]) -> tuple[str, ...]:
     """All words and signs, sorted."""
-    sentences = {sentence for q in questions for sentence in q.story} | {q.words for q in questions}
+    sentences = {told for q in questions for told in q.story} | {q.words for q in questions}
     return tuple(sorted({START, STOP}.union(*sentences)))

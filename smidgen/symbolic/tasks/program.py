@@ -1,8 +1,8 @@
 """Computer program evaluation (notes 6.3), in the style of Zaremba and Sutskever, "Learning to execute": what does a program print?
 
-A program is made by `nesting` operations. Each takes operands, puts its result on a stack, and may write a line. An operand is the top of the
-stack, or, when that is empty, a number of 1 .. 10^L - 1; operands fill their places in drawn order, so that an earlier result may be any of
-them. Operations, each as likely:
+A program is made by `nesting` operations. Each takes operands, puts its result on a stack, and may write a line. An operand is the top of
+the stack, or, when that is empty, a number of 1 .. 10^L - 1; operands fill their places in drawn order, so that an earlier result may be
+any of them. Operations, each as likely:
 
     pair        (e1+e2)  (e1-e2)
     product     (e1*b)  (b*e1)                                  b in 1 .. 4L
