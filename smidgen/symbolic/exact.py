@@ -1,0 +1,150 @@
+"""The exact back end: numbers are read off the learned layout and calculated with, instead of convolved (ours, not the paper's).
+
+The module has learned where the digits of a question go. What the grid network has to learn besides, carries and borrows of any
+length, is known. So:
+
+    1. Every row of the grid is read from its last slot to slot 0; digits that lie together, with a "-" before them, are a number.
+    2. The rest of the question, numbers read as "#" and others as "_", says what is asked: "What is # less than #?".
+    3. A rule answers it: a small integer combination of the numbers, or its magnitude. Which rule, for which rest, is learned from training
+       questions: the one that explains their answers.
+
+                 slot   0  1  2  3                          numbers (12, 345), rest "What is # plus #?"
+        row 0           5  4  3                             rule +1 +1: 357
+        row 1           2  1
+
+It abstains, and says why, if no rule is known for the rest, if a number may have been cut at the last slot, or if the layout is not crisp:
+the least probability among the cells it read, and those on either side of a number, is what its confidence is made of.
+"""
+
+import itertools
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from smidgen.symbolic.layout import EMPTY, Cells
+
+NUMBER = re.compile(r"-?\d+")
+COEFFICIENTS = (0, 1, -1, 2, -2, 3, -3)
+MOST = 3  # numbers in a rule
+TRIED = 32  # questions a rule is chosen by
+SUPPORT = 8  # and at least so many
+SHARE = 0.9  # of them it has to explain
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a layout says."""
+
+    numbers: tuple[int, ...]
+    "In the order of the question."
+    rest: str
+    "The question without them."
+    crispness: float
+    "Least probability of the cells they were read from."
+    cut: bool = False
+    "Whether one reaches the end of its row, so that digits may be lost."
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Sum of coefficients times numbers, or its magnitude."""
+
+    coefficients: tuple[int, ...]
+    magnitude: bool
+    right: int
+    "Training questions it explains,"
+    of: int
+    "among those with its rest."
+
+    def __call__(self, numbers: Sequence[int]) -> int:
+        """The answer.
+
+        >>> Rule((1, -1), True, 9, 9)((3, 10))
+        7
+        """
+        total = sum(c * x for c, x in zip(self.coefficients, numbers, strict=True))
+        return abs(total) if self.magnitude else total
+
+    @property
+    def reliability(self) -> float:
+        """Share of questions it explains, by Laplace's rule of succession."""
+        return (self.right + 1) / (self.of + 2)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """An answer, or why there is none."""
+
+    answer: str | None
+    score: float = 0.0
+    "Crispness times reliability, 0 .. 1."
+    reason: str = ""
+
+
+def read(text: str, cells: Cells) -> Reading:
+    """Numbers on the grid; `text` is the question, character by character."""
+    used, numbers, crispness, cut = [""] * len(text), {}, 1.0, False
+    for row in range(cells.rows):
+        tokens, weight = cells.token[row, ::-1].tolist(), cells.weight[row, ::-1]
+        written = "".join(text[t] if EMPTY < t < len(text) else "\0" for t in tokens)
+        for found in NUMBER.finditer(written):
+            start, stop = found.span()
+            numbers[tokens[start]] = int(found[0])
+            crispness = min(crispness, float(weight[max(0, start - 1) : stop + 1].min()))
+            cut = cut or start == 0
+            for t in tokens[start:stop]:
+                used[t] = "\0"
+            used[tokens[start]] = "#"
+    rest = "".join(mark or character for mark, character in zip(used, text, strict=True)).replace("\0", "")
+    return Reading(tuple(numbers[t] for t in sorted(numbers)), shortened(rest), crispness, cut)
+
+
+def shortened(rest: str) -> str:
+    """Numbers not read as "_", however many follow each other: a long sequence asks what a short one does.
+
+    >>> shortened("12 -3 4 # # #")
+    '_ # # #'
+    """
+    return re.sub(r"(_[^#\w]*)\1+", r"\1", NUMBER.sub("_", rest))
+
+
+def learn(readings: Sequence[Reading], targets: Sequence[str]) -> dict[str, Rule]:
+    """The rule of every rest that has one."""
+    asked: dict[str, list[tuple[tuple[int, ...], int]]] = defaultdict(list)
+    for reading, target in zip(readings, targets, strict=True):
+        if 0 < len(reading.numbers) <= MOST and not reading.cut and NUMBER.fullmatch(target):
+            asked[reading.rest].append((reading.numbers, int(target)))
+    rules = {rest: rule(questions) for rest, questions in asked.items() if len(questions) >= SUPPORT}
+    return {rest: found for rest, found in rules.items() if found is not None}
+
+
+def rule(questions: Sequence[tuple[tuple[int, ...], int]]) -> Rule | None:
+    """The simplest of those rules that explain most of some questions with as many numbers each; none if it explains too few of them all."""
+    count = len(questions[0][0])
+    tried = questions[:TRIED]
+    x = np.array([numbers for numbers, _ in tried], object)  # beyond 64 bits
+    y = np.array([target for _, target in tried], object)
+    best, explained = ((0,) * count, False), 0
+    for coefficients in sorted(itertools.product(COEFFICIENTS, repeat=count), key=lambda c: sum(map(abs, c))):
+        total = x @ np.array(coefficients, object)
+        for magnitude, says in ((False, total), (True, abs(total))):
+            if (right := int((says == y).sum())) > explained:
+                best, explained = (coefficients, magnitude), right
+    found = Rule(*best, 0, 0)
+    right = sum(found(numbers) == target for numbers, target in questions)
+    return Rule(*best, right, len(questions)) if right >= SHARE * len(questions) else None
+
+
+def answer(reading: Reading, rules: Mapping[str, Rule]) -> Outcome:
+    """What the rules make of a reading."""
+    if not reading.numbers:
+        return Outcome(None, reason="there is no number on the grid")
+    if reading.cut:
+        return Outcome(None, reason="a number reaches the end of its row, where digits fall off")
+    known = rules.get(reading.rest)
+    if known is None or len(known.coefficients) != len(reading.numbers):
+        return Outcome(None, reason=f"no rule is known for {reading.rest!r}")
+    return Outcome(str(known(reading.numbers)), reading.crispness * known.reliability)
