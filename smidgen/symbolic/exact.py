@@ -122,7 +122,7 @@ def learn(readings: Sequence[Reading], targets: Sequence[str]) -> dict[str, Rule
 
 
 def rule(questions: Sequence[tuple[tuple[int, ...], int]]) -> Rule | None:
-    """The simplest of those rules that explain most of some questions with as many numbers each; none if it explains too few of them all."""
+    """The simplest of the rules that explain most of the first questions, which have as many numbers each; none if it fails too many."""
     count = len(questions[0][0])
     tried = questions[:TRIED]
     x = np.array([numbers for numbers, _ in tried], object)  # beyond 64 bits
