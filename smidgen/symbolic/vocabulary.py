@@ -4,6 +4,7 @@ Id 0 pads, id 1 ends every text, symbols follow from 2. The ids of a target are 
 the paper's 258 bytes on both sides cost parameters and buy nothing. A label is one of a list and has neither end nor padding.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,7 +34,7 @@ class Vocabulary:
 
     symbols: tuple[str, ...]
     unit: Unit = "characters"
-    "What a symbol is: a character, a word between spaces, or a whole text."
+    "What a symbol is: a character, a word or sign, or a whole text."
 
     def __len__(self) -> int:
         return len(self.symbols) + (0 if self.unit == "labels" else RESERVED)
@@ -46,7 +47,7 @@ class Vocabulary:
 
     def split(self, text: str) -> Sequence[str]:
         """The symbols of a text."""
-        return text if self.unit == "characters" else text.split() if self.unit == "words" else [text]
+        return text if self.unit == "characters" else words(text) if self.unit == "words" else [text]
 
     def unknown(self, text: str) -> list[str]:
         """Symbols of a text that are not in the vocabulary, each once."""
@@ -89,11 +90,20 @@ class Vocabulary:
         return table
 
     def _words(self, texts: Sequence[str]) -> tuple[Int[np.ndarray, "m"], Int[np.ndarray, "n"]]:
-        words = [self.split(text) for text in texts]
-        flat = np.array([self._known(word) for text in words for word in text], np.int64)
-        return flat, np.array([len(text) for text in words], np.int64)
+        found = [words(text) for text in texts]
+        flat = np.array([self._known(word) for text in found for word in text], np.int64)
+        return flat, np.array([len(text) for text in found], np.int64)
 
     def _known(self, symbol: str) -> int:
         if symbol not in self.index:
             raise UserError(f"{symbol!r} is not among the {len(self.symbols)} {self.unit} the model or task knows")
         return self.index[symbol]
+
+
+def words(text: str) -> list[str]:
+    """Words and signs.
+
+    >>> words("Where is Mary?")
+    ['Where', 'is', 'Mary', '?']
+    """
+    return re.findall(r"\w+|[^\w\s]", text)

@@ -22,7 +22,7 @@ from smidgen.errors import UserError
 from smidgen.symbolic.vocabulary import Vocabulary
 
 TLU, NLP, NOOP = 0, 1, 2  # list actions in the paper's order: top-list-update, new-list-push, no-op
-NAMES = ("number-sequence", "word-problem", "addition", "subtraction", "program", "babi", "babi:N (a task, 1 to 20)", "FILE.jsonl")
+NAMES = ("number-sequence", "word-problem", "addition", "subtraction", "program", "babi:joint", "babi:N (1 to 20)", "FILE.jsonl")
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,8 @@ class Task:
     "(split, n, generator) -> n examples."
     groups: tuple[str, ...] = ("all",)
     "Kinds of examples that are worth a figure of their own."
+    notes: tuple[str, ...] = ()
+    "What has to be said beside any result."
 
     @property
     def classifies(self) -> bool:
@@ -159,9 +161,21 @@ def hashed(split: str, n: int, draw: Callable[[int], Examples]) -> Examples:
 
 def open_task(name: str, data: Path | None = None) -> Task:
     """A task by its name; `data` is where bAbI lies, an archive or a folder."""
-    from smidgen.symbolic.tasks import number_sequence, word_problem
+    from smidgen.symbolic.tasks import addition, babi, file, number_sequence, program, word_problem
 
-    made = {"number-sequence": number_sequence.task, "word-problem": word_problem.task}
-    if name not in made:
-        raise UserError(f"there is no task {name!r}; there are {', '.join(NAMES)}")
-    return made[name]()
+    made: dict[str, Callable[[], Task]] = {
+        "number-sequence": number_sequence.task,
+        "word-problem": word_problem.task,
+        "addition": lambda: addition.task("addition"),
+        "subtraction": lambda: addition.task("subtraction"),
+        "program": program.task,
+    }
+    if name.split(":")[0] == "babi":
+        return babi.task(name, data)
+    if data is not None:
+        raise UserError(f"--data is where bAbI lies; --task {name} needs none")
+    if name in made:
+        return made[name]()
+    if name.endswith(".jsonl"):
+        return file.task(Path(name))
+    raise UserError(f"there is no task {name!r}; there are {', '.join(NAMES)}")
