@@ -37,5 +37,5 @@ def walk_triton(a: Tensor, c: Tensor, v: Tensor) -> Tensor:
     _, batch, rows, places = v.shape
     if batch:
         sizes = {"ROWS": triton.next_power_of_2(rows), "PLACES": triton.next_power_of_2(places)}
-        _walk[(batch,)](a, c, v, y, len(a), batch, rows, places, num_warps=4, **sizes)  # pyright: ignore
+        _walk[(batch,)](a, c, v, y, len(a), batch, rows, places, num_warps=4, num_stages=1, **sizes)  # pyright: ignore
     return y
