@@ -75,6 +75,8 @@ class Config:
     "Share of the training over which the longest questions grow from the shortest tenth to all."
     sharpen: float = 0.0
     "Weight, at the end, of the actions' entropy: makes layouts crisp."
+    compile: bool = False
+    "Fuse the operations of the grid network (torch.compile): pays in long runs on a GPU, after a minute of compiling."
     validate_every: int | None = None
     "Updates between validations; none: twenty in all."
     validation_questions: int = 500
@@ -140,7 +142,7 @@ def main(config: Config, run: Run) -> dict[str, Any]:
     assert config.model is not None
     torch.manual_seed(config.seed)
     model = make(config.model, sizes_of(task), config.option).to(device)
-    refuse_sharpening(config, model)
+    refuse_options(config, model)
     questions, held_out = drawn(task, "train", config.questions, config.seed), validation(task, config)
     run.say(f"{len(questions):,} training questions of {task.name}, up to {questions.lengths.max()} tokens; {len(held_out):,} to validate")
 
@@ -176,8 +178,10 @@ def main(config: Config, run: Run) -> dict[str, Any]:
     )
 
 
-def refuse_sharpening(config: Config, model: nn.Module) -> None:
-    """There is nothing to sharpen where no actions are learned."""
+def refuse_options(config: Config, model: nn.Module) -> None:
+    """There is nothing to sharpen where no actions are learned, and nothing to fuse without a grid."""
+    if config.compile and not isinstance(model, GridModel):
+        raise UserError(f"--compile is for s2g models, not for {config.model}")
     if config.sharpen and (not isinstance(model, GridModel) or model.guided):
         raise UserError(
             f"--sharpen is for models that learn actions, not for {config.model}{' with guidance' * ('s2g' in str(config.model))}"
@@ -216,8 +220,11 @@ def train(model: nn.Module, task: Task, questions: Batch, held_out: Batch, confi
 
     def measure(training: nn.Module) -> dict[str, Any]:
         assert isinstance(training, Training)
-        return figures(training.model, held_out)
+        with torch.compiler.set_stance("force_eager"):  # other sizes than in training, each of which would be compiled
+            return figures(training.model, held_out)
 
+    if config.compile and isinstance(model, GridModel):
+        model.network.compile(dynamic=False)
     training = Training(model.train(), config.sharpen)
     result = fit(training, lambda wrapped, batch: wrapped(batch), pool, config.fit(), run, groups=groups, evaluate=measure)
     model.eval()
