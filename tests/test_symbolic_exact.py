@@ -10,10 +10,11 @@ import pytest
 import smidgen.symbolic.confidence
 import smidgen.symbolic.exact
 import smidgen.symbolic.layout
-from smidgen.symbolic.confidence import NEVER, calibrate, calibration_error, likeliest, platt, threshold, wilson
+from smidgen.symbolic.confidence import NEVER, calibrate, calibration_error, platt, threshold, wilson
 from smidgen.symbolic.decoders import answers, from_slots, log_softmax, to_slots
+from smidgen.symbolic.decoders import read as read_answers
 from smidgen.symbolic.exact import Rule, answer, learn, read, rule, shortened
-from smidgen.symbolic.layout import EMPTY, cells, certain, weights
+from smidgen.symbolic.layout import EMPTY, cells, weights
 from smidgen.symbolic.tasks import NLP, NOOP, TLU, open_task
 from smidgen.symbolic.tasks.addition import given
 from smidgen.symbolic.vocabulary import END, PAD, Vocabulary
@@ -147,11 +148,6 @@ def test_a_sign_left_out_of_the_layout_is_part_of_the_question():
     assert reading.numbers == (12, 5) and reading.rest == "What is # plus -#?"
 
 
-def test_certain_layouts():
-    p = np.array([[[0.5, 0.3, 0.2], [0.1, 0.8, 0.1]]])
-    assert certain(p).tolist() == [[[1, 0, 0], [0, 1, 0]]]
-
-
 # decoders
 
 
@@ -221,10 +217,12 @@ def test_a_score_that_misleads_is_ignored():
     assert slope == 0.0 and intercept == pytest.approx(0.0, abs=0.3)
 
 
-def test_likeliest_symbols():
-    logits = np.log(np.array([[[0.7, 0.3], [0.1, 0.9]]]))
-    best, score = likeliest(logits)
-    assert best.tolist() == [[0, 1]] and score == pytest.approx([0.63])
+def test_what_is_read_of_labels_and_of_reading_order():
+    assert read_answers(np.array([-0.5]), np.array([3]), False)[0].tolist() == [3]
+    symbols, log_probability = read_answers(np.array([[-0.1, -0.2, -5.0]]), np.array([[4, END, 7]]), False)
+    assert symbols.tolist() == [[4, END, PAD]] and log_probability == pytest.approx([-0.3])
+    symbols, log_probability = read_answers(np.array([[-0.1, -0.2, -0.5]]), np.array([[END, 4, PAD]]), True)
+    assert symbols.tolist() == [[4, END, PAD]] and log_probability == pytest.approx([-0.8])
 
 
 def test_numbers_left_off_the_grid():
