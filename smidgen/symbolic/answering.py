@@ -16,7 +16,6 @@ from smidgen.errors import UserError
 from smidgen.symbolic import exact
 from smidgen.symbolic.card import Card
 from smidgen.symbolic.confidence import Calibration
-from smidgen.symbolic.layout import Cells, cells, weights
 from smidgen.symbolic.tasks import NLP, NOOP
 
 By = Literal["auto", "network", "exact"]
@@ -62,7 +61,6 @@ class Solved:
     reason: str = ""
     "Why there is no answer."
     said: Said | None = None
-    cells: Cells | None = None
 
 
 def solve(network: Network, question: str, by: By = "auto") -> Solved:
@@ -78,12 +76,11 @@ def solve(network: Network, question: str, by: By = "auto") -> Solved:
 
 def decide(question: str, said: Said, card: Card, by: By = "auto") -> Solved:
     """Whose answer counts."""
-    laid = placed(said, card)
-    if by != "network" and card.exact is not None and laid is not None:
-        found = by_rules(question, card, said, laid)
+    if by != "network" and card.exact is not None:
+        found = by_rules(question, card, said)
         if by == "exact" or found.answer is not None:
             return found
-    return by_network(question, card, said, laid)
+    return by_network(question, card, said)
 
 
 def check(question: str, card: Card, by: By) -> None:
@@ -98,29 +95,22 @@ def check(question: str, card: Card, by: By) -> None:
         raise UserError(f"this {card.model} has no rules for an exact answer: it found none in its training questions; ask --by network")
 
 
-def placed(said: Said, card: Card) -> Cells | None:
-    """The grid, of a model that has one."""
-    if said.actions is None or card.rows is None or card.columns is None:
-        return None
-    return cells(weights(said.actions[None], card.rows, card.columns)[0])
-
-
-def by_rules(question: str, card: Card, said: Said, laid: Cells) -> Solved:
+def by_rules(question: str, card: Card, said: Said) -> Solved:
     """By the exact back end."""
-    assert card.exact is not None
-    outcome = exact.answer(exact.read(question, laid), card.rules)
+    assert card.exact is not None and said.actions is not None and card.rows is not None and card.columns is not None
+    outcome = exact.answer(exact.read(question, said.actions, card.rows, card.columns), card.rules)
     if outcome.answer is None:
-        return Solved(question, None, 0.0, "exact", None, outcome.reason, said, laid)
-    return decided(question, outcome.answer, outcome.score, card.exact, "exact", said, laid)
+        return Solved(question, None, 0.0, "exact", None, outcome.reason, said)
+    return decided(question, outcome.answer, outcome.score, card.exact, "exact", said)
 
 
-def by_network(question: str, card: Card, said: Said, laid: Cells | None) -> Solved:
+def by_network(question: str, card: Card, said: Said) -> Solved:
     """By the network alone."""
     label = card.answers.unit == "labels"
     text = card.answers.symbols[int(said.symbols)] if label else card.answers.decode(said.symbols)
     if cut_in_two(question, said, card):
-        return Solved(question, None, 0.0, "network", text, f"a number is longer than the {card.columns} slots of a row", said, laid)
-    return decided(question, text, float(np.exp(said.log_probability)), card.network, "network", said, laid)
+        return Solved(question, None, 0.0, "network", text, f"a number is longer than the {card.columns} slots of a row", said)
+    return decided(question, text, float(np.exp(said.log_probability)), card.network, "network", said)
 
 
 def decided(
@@ -130,16 +120,15 @@ def decided(
     calibration: Calibration,
     by: Literal["network", "exact"],
     said: Said,
-    laid: Cells | None,
 ) -> Solved:
     """An answer if it is sure enough, else a guess."""
     probability = calibration.probability(score)
     if score >= calibration.threshold:
-        return Solved(question, text, probability, by, None, "", said, laid)
+        return Solved(question, text, probability, by, None, "", said)
     reason = "never sure enough on the questions held out to measure that"
     if calibration.threshold <= 1:
         reason = f"not sure enough: {probability:.3f}, answers need {calibration.probability(calibration.threshold):.3f}"
-    return Solved(question, None, probability, by, text, reason, said, laid)
+    return Solved(question, None, probability, by, text, reason, said)
 
 
 def cut_in_two(question: str, said: Said, card: Card) -> bool:

@@ -16,7 +16,6 @@ from smidgen.symbolic import exact
 from smidgen.symbolic.answering import Said
 from smidgen.symbolic.card import Card
 from smidgen.symbolic.confidence import Calibration, calibrate
-from smidgen.symbolic.layout import cells, weights
 from smidgen.symbolic.models import Description, GridModel, load, predict, right, trained_folder
 from smidgen.symbolic.tasks import Batch, Examples, Task
 
@@ -24,7 +23,7 @@ CARD = "card.json"
 RISK = 0.05  # share of wrong answers allowed, where none is given
 RULE_QUESTIONS, DEV_QUESTIONS = 4000, 2000
 SETTLING = 2  # added to the seed for these questions
-CHUNK = 512  # questions laid out at once
+CHUNK = 512  # questions at once
 
 
 @dataclass(frozen=True)
@@ -98,11 +97,8 @@ def readings(model: nn.Module, examples: Examples, batch: Batch) -> list[exact.R
     rows, columns = grid_of(model)
     probabilities = actions(model, batch)
     assert probabilities is not None and rows is not None and columns is not None
-    found = []
-    for start in range(0, len(batch), CHUNK):
-        m = weights(probabilities[start : start + CHUNK], rows, columns)
-        found += [exact.read(text, cells(one)) for text, one in zip(examples.inputs[start : start + CHUNK], m, strict=True)]
-    return found
+    lengths = batch.lengths.tolist()
+    return [exact.read(text, p[:n], rows, columns) for text, p, n in zip(examples.inputs, probabilities, lengths, strict=True)]
 
 
 @torch.no_grad()
