@@ -18,8 +18,6 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from smidgen.symbolic.decoders import log_softmax
-
 Z = 1.645  # standard deviations that leave 5 % of a normal distribution on one side
 EDGE = 1e-9  # scores are kept off 0 and 1, where their logit is not finite
 NEVER = 2.0  # a threshold no score reaches
@@ -39,12 +37,6 @@ class Calibration:
     def probability(self, score: float) -> float:
         """Of being right."""
         return float(sigmoid(self.intercept + self.slope * logit(np.array([score])))[0])
-
-
-def likeliest(logits: Float[np.ndarray, "n *slots symbols"]) -> tuple[Int[np.ndarray, "n *slots"], Float[np.ndarray, "n"]]:
-    """The likeliest symbols, and their joint probability."""
-    best = log_softmax(logits.astype(np.float64)).max(-1)
-    return logits.argmax(-1), np.exp(best.reshape(len(best), -1).sum(1))
 
 
 def calibrate(score: Float[np.ndarray, "n"], right: Bool[np.ndarray, "n"], risk: float) -> Calibration:

@@ -39,6 +39,22 @@ def from_slots(slots: Int[np.ndarray, "n columns"]) -> Int[np.ndarray, "n column
     return np.where((columns < lengths) & ~ended, found, PAD)
 
 
+def read(
+    best: Float[np.ndarray, "n *length"], chosen: Int[np.ndarray, "n *length"], slots: bool
+) -> tuple[Int[np.ndarray, "n *length"], Float[np.ndarray, "n"]]:
+    """Answers in reading order, padded, or labels; and the logarithms of their probabilities.
+
+    `chosen` are the likeliest symbols and `best` the logarithms of theirs. On a top list every slot belongs to the answer; in reading order
+    what comes after the end does not.
+    """
+    if chosen.ndim == 1:
+        return chosen, best
+    if slots:
+        return from_slots(chosen), best.sum(1)
+    ended = np.cumsum(chosen == END, 1) - (chosen == END) > 0
+    return np.where(ended, PAD, chosen), np.where(ended, 0.0, best).sum(1)
+
+
 def answers(slots: Int[np.ndarray, "n columns"], vocabulary: Vocabulary) -> list[str]:
     """The text of each row of slots."""
     return [vocabulary.decode(row) for row in from_slots(slots)]

@@ -3,7 +3,8 @@
 The module has learned where the digits of a question go. What the grid network has to learn besides, carries and borrows of any
 length, is known. So:
 
-    1. Every row of the grid is read from its last slot to slot 0; digits that lie together, with a "-" before them, are a number.
+    1. The likeliest action of every token makes lists. Digits that lie together in one, with a "-" before them, are a number; the newest
+       lists that hold numbers count, as many as the grid has rows.
     2. The rest of the question, numbers read as "#" and others as "_", says what is asked: "What is # less than #?".
     3. A rule answers it: a small integer combination of the numbers, or its magnitude. Which rule, for which rest, is learned from training
        questions: the one that explains their answers.
@@ -12,8 +13,8 @@ length, is known. So:
         row 0           5  4  3                             rule +1 +1: 357
         row 1           2  1
 
-It abstains, and says why, if no rule is known for the rest, if a number may have been cut at the last slot, or if the layout is not crisp:
-the least probability among the cells it read, and those on either side of a number, is what its confidence is made of.
+It abstains, and says why, if no rule is known for the rest, or if a number reaches beyond the last slot. Its score is how crisp the layout
+is, the least probability of an action that the numbers it read depend on, times how reliable the rule has been.
 """
 
 import itertools
@@ -23,10 +24,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Float
 
-from smidgen.symbolic.layout import EMPTY, Cells
+from smidgen.symbolic.tasks import NLP, NOOP
 
-NUMBER = re.compile(r"-?\d+")
+NUMBER = re.compile(r"-?[0-9]+")
+DIGITS = tuple("-0123456789")
 COEFFICIENTS = (0, 1, -1, 2, -2, 3, -3)
 MOST = 3  # numbers in a rule
 TRIED = 32  # questions a rule is chosen by
@@ -43,9 +46,9 @@ class Reading:
     rest: str
     "The question without them."
     crispness: float
-    "Least probability of the cells they were read from."
+    "Least probability of an action they depend on."
     cut: bool = False
-    "Whether one reaches the end of its row, so that digits may be lost."
+    "Whether one reaches beyond its row."
 
 
 @dataclass(frozen=True)
@@ -84,22 +87,33 @@ class Outcome:
     reason: str = ""
 
 
-def read(text: str, cells: Cells) -> Reading:
-    """Numbers on the grid; `text` is the question, character by character."""
-    used, numbers, crispness, cut = [""] * len(text), {}, 1.0, False
-    for row in range(cells.rows):
-        tokens, weight = cells.token[row, ::-1].tolist(), cells.weight[row, ::-1]
-        written = "".join(text[t] if EMPTY < t < len(text) else "\0" for t in tokens)
-        for found in NUMBER.finditer(written):
-            start, stop = found.span()
-            numbers[tokens[start]] = int(found[0])
-            crispness = min(crispness, float(weight[max(0, start - 1) : stop + 1].min()))
-            cut = cut or start == 0
-            for t in tokens[start:stop]:
-                used[t] = "\0"
-            used[tokens[start]] = "#"
-    rest = "".join(mark or character for mark, character in zip(used, text, strict=True)).replace("\0", "")
-    return Reading(tuple(numbers[t] for t in sorted(numbers)), shortened(rest), crispness, cut)
+def read(text: str, actions: Float[np.ndarray, "tokens 3"], rows: int, columns: int) -> Reading:
+    """Numbers of a layout; `actions` are the probabilities of those of every character, and of the end."""
+    sure = actions.max(-1)
+    used, numbers, crispness, cut = list(text), {}, 1.0, False
+    holding = [(tokens, found) for tokens in lists(actions) if (found := list(NUMBER.finditer("".join(text[t] for t in tokens))))]
+    for tokens, found in holding[-rows:]:
+        for first, last in ((match.start(), match.end() - 1) for match in found if len(tokens) - match.end() < columns):
+            number = tokens[first : last + 1]
+            numbers[number[0]] = int("".join(text[t] for t in number))
+            cut = cut or len(tokens) - first > columns
+            around = slice(number[0] - (text[: number[0]][-1:] in DIGITS), number[-1] + 1 + (text[number[-1] + 1 :][:1] in DIGITS))
+            crispness = min(crispness, float(sure[around].min()))
+            for t in number:
+                used[t] = ""
+            used[number[0]] = "#"
+    return Reading(tuple(numbers[t] for t in sorted(numbers)), shortened("".join(used)), crispness, cut)
+
+
+def lists(actions: Float[np.ndarray, "tokens 3"]) -> list[list[int]]:
+    """Tokens before the end, by the list that the likeliest actions write them into, oldest list and token first."""
+    found: list[list[int]] = [[]]
+    for token, action in enumerate(actions[:-1].argmax(-1).tolist()):
+        if action == NLP:
+            found.append([])
+        if action != NOOP:
+            found[-1].append(token)
+    return found
 
 
 def shortened(rest: str) -> str:
@@ -143,7 +157,7 @@ def answer(reading: Reading, rules: Mapping[str, Rule]) -> Outcome:
     if not reading.numbers:
         return Outcome(None, reason="there is no number on the grid")
     if reading.cut:
-        return Outcome(None, reason="a number reaches the end of its row, where digits fall off")
+        return Outcome(None, reason="a number reaches beyond the last slot of its row")
     known = rules.get(reading.rest)
     if known is None or len(known.coefficients) != len(reading.numbers):
         return Outcome(None, reason=f"no rule is known for {reading.rest!r}")

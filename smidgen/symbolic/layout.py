@@ -59,8 +59,3 @@ def cells(m: Float[np.ndarray, "time rows columns"]) -> Cells:
     """The likeliest token of every cell, or that it is empty."""
     token, weight, empty = m.argmax(0), m.max(0), 1 - m.sum(0)
     return Cells(np.where(weight >= empty, token, EMPTY), np.maximum(weight, empty))
-
-
-def certain(actions: Float[np.ndarray, "n time 3"]) -> Float[np.ndarray, "n time 3"]:
-    """The likeliest action of every token, as if it were certain."""
-    return np.eye(3)[actions.argmax(-1)]

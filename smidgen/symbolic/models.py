@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from smidgen.errors import UserError
-from smidgen.symbolic.decoders import from_slots
+from smidgen.symbolic.decoders import read
 from smidgen.symbolic.networks import ENCODERS, Blocks, Embedding, TextCNN, TopList, dense
 from smidgen.symbolic.seq2grid import Layout, Seq2Grid, entropy
 from smidgen.symbolic.tasks import Batch, Task
-from smidgen.symbolic.vocabulary import END, PAD, Vocabulary
+from smidgen.symbolic.vocabulary import Vocabulary
 
 TRAINED = "trained"  # folder of a run of `smidgen symbolic train`
 DESCRIPTION, TENSORS = "model.json", "model.safetensors"
@@ -402,16 +402,6 @@ def predict(model: nn.Module, batch: Batch, size: int = 512) -> Answers:
     found = np.concatenate([s if longest is None else np.pad(s, ((0, 0), (0, longest - s.shape[1]))) for s in symbols])
     back = np.argsort(np.concatenate(parts), kind="stable")
     return Answers(found[back], np.concatenate(certain)[back])
-
-
-def read(best: np.ndarray, chosen: np.ndarray, slots: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The answers' symbols in reading order, and the logarithms of their probabilities."""
-    if best.ndim == 1:
-        return chosen, best
-    if slots:
-        return from_slots(chosen), best.sum(1)
-    ended = np.cumsum(chosen == END, 1) - (chosen == END) > 0
-    return np.where(ended, PAD, chosen), np.where(ended, 0.0, best).sum(1)
 
 
 def right(answers: Answers, batch: Batch) -> Bool[np.ndarray, "n"]:

@@ -9,7 +9,6 @@ of one of tokens, and the state kept is the one that was best on the task's dev 
 
 import os
 import time
-from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +25,7 @@ from smidgen.run import Run
 from smidgen.symbolic.models import TRAINED, Description, GridModel, make, predict, right, save, sizes_of
 from smidgen.symbolic.pool import Pool, Training
 from smidgen.symbolic.seq2grid import Seq2Grid
+from smidgen.symbolic.settle import CARD, settle
 from smidgen.symbolic.tasks import Batch, Task, open_task
 
 EVALUATIONS = 20  # of a training, where their interval is not given
@@ -45,7 +45,7 @@ class Config:
     "number-sequence, word-problem, addition, subtraction, program, babi:N, babi:joint, or a FILE.jsonl of {input, target}."
     model: str | None = None
     "By name, a wrong one is answered with the list; none: s2g-cnn for sequences, s2g-textcnn for labels."
-    option: Mapping[str, int | float | bool | str] = field(default_factory=dict)
+    option: dict[str, int | float | bool | str] = field(default_factory=dict)
     "Of the model, as --option.carry true; a wrong one is answered with the list."
     data: Path | None = None
     "The bAbI archive or folder."
@@ -154,7 +154,9 @@ def main(config: Config, run: Run) -> dict[str, Any]:
     slots = None if task.classifies else task.slots
     longest = int(questions.lengths.max())
     folder = run.partial(TRAINED)
-    save(folder, model, Description(config.model, config.task, task.tokens, task.answers, slots, longest, dict(config.option)))
+    description = Description(config.model, config.task, task.tokens, task.answers, slots, longest, dict(config.option))
+    save(folder, model, description)
+    (folder / CARD).write_text(settle(model, description, task, config.seed).text(), encoding="utf-8")
     run.keep(folder)
     (run.folder / CHECKPOINT).unlink(missing_ok=True)
     certainty = {"validation_certainty": kept["certainty"]} if "certainty" in kept else {}
