@@ -16,7 +16,7 @@ from smidgen.errors import UserError
 from smidgen.symbolic import exact
 from smidgen.symbolic.card import Card
 from smidgen.symbolic.confidence import Calibration
-from smidgen.symbolic.tasks import NLP, NOOP
+from smidgen.symbolic.tasks import Batch
 
 By = Literal["auto", "network", "exact"]
 
@@ -43,6 +43,10 @@ class Network(Protocol):
 
     def __call__(self, tokens: Int[np.ndarray, "tokens"]) -> Said:
         """Of a question with its end."""
+        ...
+
+    def many(self, batch: Batch) -> list[Said]:
+        """Of many."""
         ...
 
 
@@ -106,8 +110,7 @@ def by_rules(question: str, card: Card, said: Said) -> Solved:
 
 def by_network(question: str, card: Card, said: Said) -> Solved:
     """By the network alone."""
-    label = card.answers.unit == "labels"
-    text = card.answers.symbols[int(said.symbols)] if label else card.answers.decode(said.symbols)
+    text = text_of(said, card)
     if cut_in_two(question, said, card):
         return Solved(question, None, 0.0, "network", text, f"a number is longer than the {card.columns} slots of a row", said)
     return decided(question, text, float(np.exp(said.log_probability)), card.network, "network", said)
@@ -132,14 +135,15 @@ def decided(
 
 
 def cut_in_two(question: str, said: Said, card: Card) -> bool:
-    """Whether a row is so long that it loses a digit of a number whose other digits it holds."""
-    if said.actions is None or card.rows is None or card.columns is None or card.tokens.unit != "characters":
+    """Whether a list is so long that it lost a digit of a number whose other digits it still held."""
+    if said.actions is None or card.columns is None or card.tokens.unit != "characters":
         return False
-    rows: list[list[int]] = [[]]
-    for token, action in enumerate(said.actions.argmax(-1).tolist()):
-        if action == NLP:
-            rows.append([])
-        if action != NOOP:
-            rows[-1].append(token)
-    edges = [row[-card.columns - 1 :][:2] for row in rows[-card.rows :] if len(row) > card.columns]
+    edges = [tokens[-card.columns - 1 :][:2] for tokens in exact.lists(said.actions) if len(tokens) > card.columns]
     return any(lost + 1 == kept and question[lost : kept + 1].isdecimal() for lost, kept in edges)
+
+
+def text_of(said: Said, card: Card) -> str:
+    """What a network says."""
+    if card.answers.unit == "labels":
+        return card.answers.symbols[int(said.symbols)]
+    return card.answers.decode(said.symbols)

@@ -41,7 +41,9 @@ class Card:
     def of(text: str) -> "Card":
         """Of its JSON; ValueError, KeyError or TypeError if it is none."""
         read: dict[str, Any] = json.loads(text)
-        vocabularies = {name: Vocabulary(tuple(read[name]["symbols"]), read[name]["unit"]) for name in ("tokens", "answers")}
-        exact = read["exact"] and Calibration(**read["exact"])
-        rules = {rest: Rule(**rule | {"coefficients": tuple(rule["coefficients"])}) for rest, rule in read["rules"].items()}
-        return Card(**read | vocabularies | {"network": Calibration(**read["network"]), "exact": exact, "rules": rules})
+        for name in ("tokens", "answers"):
+            read[name] = Vocabulary(tuple(read[name]["symbols"]), read[name]["unit"])
+        for name in ("network", "exact"):
+            read[name] = read[name] and Calibration(**read[name])
+        read["rules"] = {rest: Rule(**rule | {"coefficients": tuple(rule["coefficients"])}) for rest, rule in read["rules"].items()}
+        return Card(**read)

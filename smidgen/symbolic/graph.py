@@ -8,8 +8,9 @@ on row 0 depends on are computed, 36 % fewer products on a grid of three rows.
     logits    float32 (columns, symbols) or (labels,)
     actions   float32 (length, 3)         probabilities of TLU, NLP, no-op
 
-Eight bits are of weights: int8 with a scale per output channel behind DequantizeLinear, which a runtime folds when it loads the file;
-products stay float, so that answers stay those of torch.
+Eight bits are of the weights behind the grid: int8 with a scale per output channel behind DequantizeLinear, which a runtime folds when it
+loads the file; products stay float, so that answers stay those of torch. What lays the grid out has float16 weights: rounding a close
+decision between two actions moves whole rows.
 """
 
 from typing import TYPE_CHECKING, Any, Literal
@@ -71,6 +72,10 @@ class Graph:
         codes = np.rint(value / scale.reshape(shape))
         return self("DequantizeLinear", self.constant(codes, np.int8), self.constant(scale), axis=axis)
 
+    def precise(self, value: Float[np.ndarray, "*shape"]) -> str:
+        """A weight that rounding has to spare: float16 where others have eight bits."""
+        return self("Cast", self.constant(value, np.float16), to=1) if self.eight_bits else self.constant(value)
+
     def model(self, outputs: dict[str, tuple[str, list[int | str]]]) -> "onnx.ModelProto":
         """All of it; `outputs` are names, which values they are, and their shapes."""
         import onnx
@@ -90,7 +95,7 @@ def build(model: GridModel, mode: Mode, eight_bits: bool) -> "onnx.ModelProto":
     """The graph of a trained model in evaluation mode."""
     graph, module = Graph(eight_bits), model.module
     table = array(model.embedding.table) * model.embedding.table.shape[1] ** 0.5
-    x = graph("Gather", graph.weight(table, 0), "tokens")
+    x = graph("Gather", graph.precise(table), "tokens")
     actions = probabilities(graph, module, x)
     grid = (hard if mode == "hard" else soft)(graph, module, x, actions)  # (1, dim, rows, columns)
     network = model.network
@@ -138,7 +143,7 @@ def gru(graph: Graph, rnn: nn.GRU, x: str) -> str:
             part: np.stack([reordered(array(rnn.get_parameter(f"{part}_l{layer}{d}"))) for d in directions])
             for part in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
         }
-        w, r = (graph.weight(found[part], 1) for part in ("weight_ih", "weight_hh"))
+        w, r = (graph.precise(found[part]) for part in ("weight_ih", "weight_hh"))
         b = graph.constant(np.concatenate([found["bias_ih"], found["bias_hh"]], 1))
         direction = "bidirectional" if rnn.bidirectional else "forward"
         y = graph("GRU", x, w, r, b, hidden_size=rnn.hidden_size, linear_before_reset=1, direction=direction)

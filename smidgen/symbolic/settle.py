@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import nn
 
 from smidgen.errors import UserError
 from smidgen.symbolic import exact
-from smidgen.symbolic.answering import Said
+from smidgen.symbolic.answering import Network, Said
 from smidgen.symbolic.card import Card
 from smidgen.symbolic.confidence import Calibration, calibrate
 from smidgen.symbolic.models import Description, GridModel, load, predict, right, trained_folder
@@ -114,6 +114,18 @@ def actions(model: nn.Module, batch: Batch) -> Float[np.ndarray, "n tokens 3"] |
         given = None if batch.actions is None else torch.from_numpy(batch.actions[part]).to(device)
         parts.append(model.module.probabilities(model.embedding(tokens, mask), mask, model.given(given)).double().cpu().numpy())
     return np.concatenate(parts)
+
+
+def with_hard_layout(network: Network, batch: Batch) -> Bool[np.ndarray, "n"] | None:
+    """Which questions a trained model has right if likeliest actions lay them out; none if it has no soft layout to begin with."""
+    if not isinstance(network, Trained) or not isinstance(network.model, GridModel) or network.model.guided:
+        return None
+    module = network.model.module
+    before, module.mode = module.mode, "hard"
+    try:
+        return right(predict(network.model, batch), batch)
+    finally:
+        module.mode = before
 
 
 def grid_of(model: nn.Module) -> tuple[int, int] | tuple[None, None]:
