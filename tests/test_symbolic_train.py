@@ -31,7 +31,7 @@ from smidgen.symbolic.models import (
 )
 from smidgen.symbolic.pool import Pool, Training
 from smidgen.symbolic.tasks import Batch, open_task
-from smidgen.symbolic.train import Config, certainty, drawn, main, validation
+from smidgen.symbolic.train import Config, certainty, drawn, figures, main, validation
 
 CPU = torch.device("cpu")
 QUICK = Config(
@@ -95,11 +95,28 @@ def test_an_interrupted_run_goes_on_to_the_same_end(trained, tmp_path, monkeypat
     assert (whole / "steps.jsonl").read_text() == (resumed / "steps.jsonl").read_text()
 
 
-def test_sharpening_makes_actions_certain(trained):
-    config = replace(QUICK, steps=60, validate_every=60)
-    blurred, _ = trained(config, "blurred")
-    crisp, _ = trained(replace(config, sharpen=1.0), "crisp")
-    assert crisp["validation_certainty"] > blurred["validation_certainty"] + 0.1
+def test_sharpening_makes_actions_certain(questions):
+    def certain_after(sharpen: float) -> float:
+        torch.manual_seed(0)
+        model = make("s2g-cnn", sizes_of(open_task("addition")), {"dim": 8, "layers": 1, "blocks": 1})
+        training, pool = Training(model.train(), sharpen), Pool(questions, 25, 16, 40, CPU)
+        optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+        for i in range(40):
+            optimizer.zero_grad()
+            training(pool(i)).backward()
+            optimizer.step()
+        return figures(model.eval(), questions)["certainty"]
+
+    assert certain_after(3.0) > max(0.8, certain_after(0.0) + 0.2)
+
+
+def test_what_is_kept(questions):
+    """The fewest errors; with a crisp layout asked for, the fewest with one."""
+    torch.manual_seed(0)
+    model = make("s2g-cnn", sizes_of(open_task("addition")), {"dim": 8, "layers": 1}).eval()
+    soft, crisp = figures(model, questions), figures(model, questions, crisp=True)
+    assert {name: soft[name] for name in ("accuracy", "hard", "certainty")} == {n: crisp[n] for n in ("accuracy", "hard", "certainty")}
+    assert 0 < soft["held_out"] - (1 - soft["accuracy"]) < 1.1e-5 and 0 < crisp["held_out"] - (1 - crisp["hard"]) < 1.1e-5
 
 
 @pytest.fixture
