@@ -34,7 +34,6 @@ from smidgen.symbolic.vocabulary import Vocabulary
 
 TRAINED = "trained"  # folder of a run of `smidgen symbolic train`
 DESCRIPTION, TENSORS = "model.json", "model.safetensors"
-Encoder = Literal["gru", "lstm", "transformer", "mlp"]
 
 
 class Sizes(NamedTuple):
@@ -106,7 +105,7 @@ def s2g(
     dim: int,
     rows: int,
     columns: int,
-    encoder: Encoder,
+    encoder: str,
     layers: int,
     blocks: int,
     carry: bool,
@@ -126,7 +125,7 @@ def s2g_cnn(
     dim: int = 128,
     rows: int = 3,
     columns: int = 25,
-    encoder: Encoder = "gru",
+    encoder: str = "gru",
     layers: int = 3,
     blocks: int = 3,
     carry: bool = False,
@@ -147,7 +146,7 @@ def s2g_acnn(
     dim: int = 128,
     rows: int = 3,
     columns: int = 25,
-    encoder: Encoder = "gru",
+    encoder: str = "gru",
     layers: int = 3,
     blocks: int = 3,
     carry: bool = False,
@@ -168,7 +167,7 @@ def s2g_textcnn(
     dim: int = 128,
     rows: int = 4,
     columns: int = 8,
-    encoder: Encoder = "gru",
+    encoder: str = "gru",
     layers: int = 2,
     filters: int = 128,
     dropout: float = 0.4,

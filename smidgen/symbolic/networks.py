@@ -112,7 +112,7 @@ class Blocks(nn.Sequential):
         super().__init__(*(Bottleneck(dim if i == 0 else 4 * width, width, kind) for i in range(blocks)))
         self.channels = 4 * width
 
-    def forward(self, grid: Cells) -> Cells:
+    def forward(self, grid: Cells) -> Float[Tensor, "batch rows columns outputs"]:
         """The same grid with `channels` channels."""
         x = super().forward(grid.movedim(-1, 1))
         return x.movedim(1, -1)

@@ -47,7 +47,8 @@ class Pool:
     ) -> None:
         order = np.argsort(questions.lengths, kind="stable")
         self.lengths = questions.lengths[order]
-        self.starts = np.cumsum(self.lengths) - self.lengths
+        spans = np.stack([np.cumsum(self.lengths) - self.lengths, self.lengths], 1)
+        self.spans = torch.from_numpy(spans).to(device)  # start in `flat`, and length
         mask = questions.mask[order]
         target = questions.target if columns is None else to_slots(questions.target, columns)
         self.flat = torch.from_numpy(questions.tokens[order][mask].astype(np.int32)).to(device)
@@ -62,14 +63,15 @@ class Pool:
         among = self.among(progress)
         bucket = rng.integers(self.buckets)
         low, high = among * bucket // self.buckets, among * (bucket + 1) // self.buckets
-        index = rng.integers(low, max(low + 1, high), self.size)
-        lengths, starts = (torch.from_numpy(array[index]).to(self.device)[:, None] for array in (self.lengths, self.starts))
-        place = torch.arange(int(self.lengths[index].max()), device=self.device)
+        drawn = rng.integers(low, max(low + 1, high), self.size)
+        index = torch.from_numpy(drawn).to(self.device)
+        starts, lengths = self.spans[index].split(1, 1)
+        place = torch.arange(int(self.lengths[drawn].max()), device=self.device)
         mask = place < lengths
         where = (starts + place).clamp_max(len(self.flat) - 1)
         tokens = self.flat[where].long() * mask
         actions = None if self.flat_actions is None else torch.where(mask, self.flat_actions[where], NOOP)
-        return Drawn(tokens, mask, self.target[torch.from_numpy(index).to(self.device)], actions, progress)
+        return Drawn(tokens, mask, self.target[index], actions, progress)
 
     def among(self, progress: float) -> int:
         """How many of the questions, from the shortest on, are drawn from now."""

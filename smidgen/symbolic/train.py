@@ -3,15 +3,15 @@
     smidgen symbolic train --task word-problem --model s2g-cnn --steps 64000
 
 The paper's recipe is the default, but for three things: learning rates fall to 0 along a cosine, batches have a number of questions instead
-of one of tokens, and the state kept is the one that was best on the task's dev split. The splits of the tests are not touched:
-`smidgen symbolic evaluate` is for them.
+of one of tokens, and the state kept is the one that was best on the task's dev split (with --sharpen: best with every token at one place).
+The splits of the tests are not touched: `smidgen symbolic evaluate` is for them.
 """
 
 import os
 import time
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import numpy as np
 import torch
@@ -24,7 +24,6 @@ from smidgen.precision import pick_device
 from smidgen.run import Run
 from smidgen.symbolic.models import TRAINED, Description, GridModel, make, predict, right, save, sizes_of
 from smidgen.symbolic.pool import Pool, Training
-from smidgen.symbolic.seq2grid import Seq2Grid
 from smidgen.symbolic.settle import CARD, settle
 from smidgen.symbolic.tasks import Batch, Task, open_task
 
@@ -32,6 +31,7 @@ EVALUATIONS = 20  # of a training, where their interval is not given
 VALIDATION = 1  # added to the seed for the questions of validation
 BUCKETS = 32  # of questions read as words, whose lengths differ a lot
 BETAS = {False: (0.85, 0.997), True: (0.9, 0.98)}  # of Adam, for sequences and for labels (section 4)
+TIE = 1e-5  # weight of doubt among states with as many errors
 EPSILON = {False: 1e-6, True: 1e-9}
 
 
@@ -75,6 +75,8 @@ class Config:
     "Share of the training over which the longest questions grow from the shortest tenth to all."
     sharpen: float = 0.0
     "Weight, at the end, of the actions' entropy: makes layouts crisp."
+    compile: bool = False
+    "Fuse the operations of the grid network (torch.compile): pays in long runs on a GPU, after a minute of compiling."
     validate_every: int | None = None
     "Updates between validations; none: twenty in all."
     validation_questions: int = 500
@@ -140,7 +142,7 @@ def main(config: Config, run: Run) -> dict[str, Any]:
     assert config.model is not None
     torch.manual_seed(config.seed)
     model = make(config.model, sizes_of(task), config.option).to(device)
-    refuse_sharpening(config, model)
+    refuse_options(config, model)
     questions, held_out = drawn(task, "train", config.questions, config.seed), validation(task, config)
     run.say(f"{len(questions):,} training questions of {task.name}, up to {questions.lengths.max()} tokens; {len(held_out):,} to validate")
 
@@ -157,11 +159,11 @@ def main(config: Config, run: Run) -> dict[str, Any]:
     (folder / CARD).write_text(settle(model, description, task, config.seed).text(), encoding="utf-8")
     run.keep(folder)
     (run.folder / CHECKPOINT).unlink(missing_ok=True)
-    certainty = {"validation_certainty": kept["certainty"]} if "certainty" in kept else {}
+    layout = {f"validation_{name}": kept[name] for name in ("hard", "certainty") if name in kept}
     return run.finish(
         validation_accuracy=kept["accuracy"],
         validation_accuracy_before=first["accuracy"],
-        **certainty,
+        **layout,
         validation_questions=len(held_out),
         questions=len(questions),
         longest_question=longest,
@@ -178,9 +180,11 @@ def main(config: Config, run: Run) -> dict[str, Any]:
     )
 
 
-def refuse_sharpening(config: Config, model: nn.Module) -> None:
-    """There is nothing to sharpen where no actions are learned."""
-    if config.sharpen and (not isinstance(model, GridModel) or model.guided):
+def refuse_options(config: Config, model: nn.Module) -> None:
+    """There is nothing to sharpen where no actions are learned, and nothing to fuse without a grid."""
+    if config.compile and not isinstance(model, GridModel):
+        raise UserError(f"--compile is for s2g models, not for {config.model}")
+    if config.sharpen and not learns_actions(model):
         raise UserError(
             f"--sharpen is for models that learn actions, not for {config.model}{' with guidance' * ('s2g' in str(config.model))}"
         )
@@ -194,8 +198,6 @@ def drawn(task: Task, split: str, count: int, seed: int) -> Batch:
 
 def validation(task: Task, config: Config) -> Batch:
     """The questions of every validation."""
-    if "dev" not in task.splits:
-        raise UserError(f"{task.name} has no dev split to choose the best state by: mark some of its lines with split dev")
     return drawn(task, "dev", config.validation_questions, config.seed + VALIDATION)
 
 
@@ -218,25 +220,39 @@ def train(model: nn.Module, task: Task, questions: Batch, held_out: Batch, confi
 
     def measure(training: nn.Module) -> dict[str, Any]:
         assert isinstance(training, Training)
-        return figures(training.model, held_out)
+        with torch.compiler.set_stance("force_eager"):  # other sizes than in training, each of which would be compiled
+            return figures(training.model, held_out, crisp=config.sharpen > 0)
 
+    if config.compile and isinstance(model, GridModel):
+        model.network.compile(dynamic=False)
     training = Training(model.train(), config.sharpen)
     result = fit(training, lambda wrapped, batch: wrapped(batch), pool, config.fit(), run, groups=groups, evaluate=measure)
     model.eval()
     return result
 
 
-def figures(model: nn.Module, questions: Batch) -> dict[str, float]:
-    """What the log has of a validation; `held_out`, the share of errors, is what the best state has least of.
+def figures(model: nn.Module, questions: Batch, crisp: bool = False) -> dict[str, float]:
+    """What the log has of a validation.
 
     accuracy    share of answers right in every symbol
-    certainty   mean probability of the tokens' most probable action, of models that learn them: 1 is a crisp layout
+    hard        the same, every token at the place its most probable actions give it; of models that learn actions
+    certainty   mean probability of these actions: 1 is a crisp layout
+    held_out    what the best state has least of: the share of errors, of hard ones if `crisp`; among equals the surer answers win
     """
-    accuracy = float(right(predict(model, questions), questions).mean())
-    found = {"held_out": 1 - accuracy, "accuracy": accuracy}
-    if isinstance(model, GridModel) and isinstance(model.module, Seq2Grid) and not model.guided:
+    answers = predict(model, questions)
+    found = {"accuracy": float(right(answers, questions).mean())}
+    if learns_actions(model):
+        model.module.mode = "hard"
+        found["hard"] = float(right(predict(model, questions), questions).mean())
+        model.module.mode = "soft"
         found["certainty"] = certainty(model, questions)
-    return found
+    errors = 1 - (found["hard"] if crisp else found["accuracy"])
+    return {"held_out": errors + TIE * float(1 - np.exp(answers.log_probability).mean())} | found
+
+
+def learns_actions(model: nn.Module) -> TypeGuard[GridModel]:
+    """Whether it has a layout of its own."""
+    return isinstance(model, GridModel) and not model.guided
 
 
 @torch.no_grad()
