@@ -7,7 +7,7 @@
 """
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -33,6 +33,7 @@ class Said:
     "Probabilities of each token's list actions; none: a model without a grid."
 
 
+@runtime_checkable
 class Network(Protocol):
     """A model that answers."""
 
