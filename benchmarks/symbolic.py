@@ -6,7 +6,7 @@
     python benchmarks/symbolic.py --summary                               # mean, deviation and best over seeds, and what bAbI is solved
 
 A model is one of `smidgen symbolic train`, with options after + and settings of the training after @ (curriculum, sharpen, steps, batch,
-learning_rate, questions, ...). Batches of 512, a warm-up, and bfloat16 in the grid network, are a GPU's version of the authors' 64,000
+learning_rate, questions, ...). Batches of 256, a warm-up, and bfloat16 in the grid network, are a GPU's version of the authors' 64,000
 updates of about 32 questions; `steps` x `batch` says how many questions were seen.
 
 A row per split and group of questions: accuracy over every symbol, and, of models with a grid, `hard`: with the most probable
@@ -35,7 +35,8 @@ from rows import append, provenance, read
 from torch import nn
 
 from smidgen.run import Run
-from smidgen.symbolic.models import GridModel, make, predict, right, sizes_of
+from smidgen.symbolic.grid_model import GridModel
+from smidgen.symbolic.models import make, predict, right, sizes_of
 from smidgen.symbolic.tasks import Batch, Task, open_task
 from smidgen.symbolic.train import Config, drawn, train, validation
 
@@ -192,8 +193,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     parser.add_argument("--models", nargs="+", help="by default a list for each task")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
-    parser.add_argument("--steps", type=int, default=8000)
-    parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=16_000)
+    parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--questions", type=int, default=1_000_000, help="to train on")
     parser.add_argument("--test", type=int, default=10_000, help="questions of a test")
