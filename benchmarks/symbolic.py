@@ -1,7 +1,8 @@
 """Symbolic tasks: accuracy where questions are like those of training (id) and where they are longer (ood), all models, several seeds.
 
     python benchmarks/symbolic.py                                         # everything; a GPU's work
-    python benchmarks/symbolic.py --tasks word-problem --models s2g-cnn s2g-cnn+carry=true s2g-cnn@sharpen=0.1 --seeds 0 1 2 3 4
+    python benchmarks/symbolic.py --tasks word-problem --models s2g-cnn s2g-cnn+carry=true@sharpen=0.02 --seeds 0 1 2 3 4
+    python benchmarks/symbolic.py --tasks addition --models s2g-cnn+guided=true     # the toy whose alignment is given
     python benchmarks/symbolic.py --workers 3 --gpus 4                    # twelve trainings at a time; what --results has is not run again
     python benchmarks/symbolic.py --summary                               # mean, deviation and best over seeds, and what bAbI is solved
 
@@ -46,10 +47,12 @@ COLUMNS = [
     "steps_per_second", "commit", "machine", "date",
 ]  # fmt: skip
 SEQUENCE_MODELS = ["lstm", "gru-attention", "transformer", "universal-transformer"]
+CARRY = "s2g-cnn+carry=true"
+CRISP = CARRY + "@sharpen=0.02"
 TASKS = {
-    "number-sequence": ["s2g-cnn", "s2g-acnn", "cnn", *SEQUENCE_MODELS],
-    "word-problem": ["s2g-cnn", "s2g-cnn+carry=true", "s2g-acnn", "cnn", *SEQUENCE_MODELS],
-    "program": ["s2g-cnn", "s2g-acnn", "cnn", *SEQUENCE_MODELS],
+    "number-sequence": ["s2g-cnn", CARRY, CRISP, "s2g-acnn", "cnn", *SEQUENCE_MODELS],
+    "word-problem": ["s2g-cnn", CARRY, CRISP, "s2g-acnn", "cnn", *SEQUENCE_MODELS],
+    "program": ["s2g-cnn", CARRY, CRISP, "s2g-acnn", "cnn", *SEQUENCE_MODELS],
     "babi:joint": ["s2g-textcnn", "textcnn", *SEQUENCE_MODELS],
 }
 ALL = "all"  # the group of all questions
