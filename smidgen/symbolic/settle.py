@@ -21,7 +21,7 @@ from smidgen.symbolic.tasks import Batch, Examples, Task
 
 CARD = "card.json"
 RISK = 0.05  # share of wrong answers allowed, where none is given
-RULE_QUESTIONS, DEV_QUESTIONS = 4000, 2000
+RULE_QUESTIONS, DEV_QUESTIONS = 2000, 2000
 SETTLING = 2  # added to the seed for these questions
 CHUNK = 512  # questions at once
 
@@ -41,7 +41,7 @@ class Trained:
         """Questions at once."""
         answers, found = predict(self.model, batch), actions(self.model, batch)
         laid = [None] * len(batch) if found is None else [row[:n] for row, n in zip(found, batch.lengths.tolist(), strict=True)]
-        return [Said(*one) for one in zip(answers.symbols, answers.log_probability.tolist(), laid, strict=True)]
+        return [Said(*one) for one in zip(map(np.asarray, answers.symbols), answers.log_probability.tolist(), laid, strict=True)]
 
 
 def open_trained(folder: Path, device: torch.device | str = "cpu") -> Trained:
