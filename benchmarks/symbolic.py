@@ -10,8 +10,8 @@ learning_rate, questions, ...). Batches of 512, a warm-up, and bfloat16 in the g
 updates of about 32 questions; `steps` x `batch` says how many questions were seen.
 
 A row per split and group of questions: accuracy over every symbol, and, of models with a grid, `hard`: with the most probable
-action of every token instead of mixtures. 10,000 test questions a split, the same for all (bAbI: its 20 x 1,000). The state tested is
-the one best on 1,000 dev questions.
+action of every token instead of mixtures. 10,000 test questions a split, the same for all (bAbI: all of its 20,000). The state tested is
+the one best on 1,000 dev questions. Training questions are the same for all seeds, which choose first parameters and order.
 """
 
 import argparse
@@ -85,11 +85,13 @@ def questions(task: Task, split: str, count: int, seed: int, cache: Path) -> Bat
         batch = drawn(task, split, count, seed)
         partial = path.with_suffix(f".{os.getpid()}.npz")
         tokens = batch.tokens.astype(np.int16)
-        np.savez(partial, tokens=tokens, lengths=batch.lengths, target=batch.target.astype(np.int16), group=batch.group)
+        given = {} if batch.actions is None else {"actions": batch.actions.astype(np.int8)}
+        np.savez(partial, tokens=tokens, lengths=batch.lengths, target=batch.target.astype(np.int16), group=batch.group, **given)
         partial.rename(path)
     stored = np.load(path)
     mask = np.arange(stored["tokens"].shape[1]) < stored["lengths"][:, None]
-    return Batch(stored["tokens"].astype(np.int64), mask, stored["target"].astype(np.int64), stored["group"])
+    actions = stored["actions"].astype(np.int64) if "actions" in stored else None
+    return Batch(stored["tokens"].astype(np.int64), mask, stored["target"].astype(np.int64), stored["group"], actions)
 
 
 def trained_and_tested(task_name: str, spec: str, seed: int, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -121,7 +123,7 @@ def trained_and_tested(task_name: str, spec: str, seed: int, options: argparse.N
 
 def tested(model: nn.Module, task: Task, split: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Accuracy over all questions of a test and over each group."""
-    batch = questions(task, split, options.test, TEST, options.cache)
+    batch = questions(task, split, task.splits[split] or options.test, TEST, options.cache)
     found = {"accuracy": right(predict(model, batch), batch)}
     if isinstance(model, GridModel):
         model.module.mode = "hard"

@@ -159,7 +159,7 @@ def test_a_curriculum_starts_with_short_questions_and_ends_with_all(questions):
     pool = Pool(questions, None, 64, 100, CPU, curriculum=0.5)
     longest = [int(pool(i).mask.sum(1).max()) for i in (0, 20, 50, 99)]
     assert longest == sorted(longest) and longest[0] < longest[-1]
-    assert [pool.among(p) for p in (0, 0.25, 0.5, 1)] == [20, 110, 200, 200]
+    assert [pool.among(p) for p in (0.0, 0.25, 0.5, 1.0)] == [20, 110, 200, 200]
 
 
 @pytest.mark.parametrize("name", MODELS)

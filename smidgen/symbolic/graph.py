@@ -315,5 +315,5 @@ def top_list(graph: Graph, readout: TopList, top: str) -> str:
     """(columns, channels) -> (columns, symbols)"""
     if readout.scan is not None and readout.back is not None:
         seen = gru(graph, readout.scan, graph("Unsqueeze", top, graph.integers(1)))
-        top = graph("Add", top, dense(graph, readout.back, graph("Squeeze", seen, graph.integers(1))))
+        top = graph("Relu", graph("Add", top, dense(graph, readout.back, graph("Squeeze", seen, graph.integers(1)))))
     return dense(graph, readout.dense, top)

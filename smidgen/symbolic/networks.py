@@ -198,21 +198,21 @@ class TopList(nn.Module):
     """Symbols of every slot of the top list: one dense layer, the same everywhere.
 
     Three blocks see three slots to each side, and an answer's digit may hang on a carry from further off, or on which number is the larger.
-    `carry` (ours) first runs a GRU over the slots in both directions, which can bring both from anywhere; it adds to the channels
-    what it has found.
+    `carry` (ours) first runs two layers of GRU over the slots in both directions: the first can bring word from anywhere, the second borrow
+    and carry knowing it. What they find is added to the channels, then ReLU.
     """
 
     def __init__(self, channels: int, symbols: int, carry: bool = False, width: int = 64) -> None:
         super().__init__()
         self.dense = dense(channels, symbols)
-        self.scan = nn.GRU(channels, width, batch_first=True, bidirectional=True) if carry else None
+        self.scan = nn.GRU(channels, width, 2, batch_first=True, bidirectional=True) if carry else None
         self.back = dense(2 * width, channels) if carry else None
 
     def forward(self, x: Cells) -> Float[Tensor, "batch columns symbols"]:
         """Logits; slot 0 is the last symbol of the answer."""
         top = x[:, 0]
         if self.scan is not None and self.back is not None:
-            top = top + self.back(self.scan(top)[0])
+            top = (top + self.back(self.scan(top)[0])).relu()
         return self.dense(top)
 
 
