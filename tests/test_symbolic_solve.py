@@ -58,7 +58,7 @@ def stored(folder: Path, name: str, model: nn.Module, task_name: str, options: d
     description = Description(name, task_name, task.tokens, task.answers, None if task.classifies else task.slots, task.length, options)
     (folder / TRAINED).mkdir()
     save(folder / TRAINED, model, description)
-    (folder / TRAINED / CARD).write_text(settle(model, description, task).text())
+    (folder / TRAINED / CARD).write_text(settle(model, name, task).text())
     return folder
 
 
