@@ -10,8 +10,9 @@ A model is one of `smidgen symbolic train`, with options after + and settings of
 learning_rate, questions, ...). Batches of 256, a warm-up, and bfloat16 in the grid network, are a GPU's version of the authors' 64,000
 updates of about 32 questions; `steps` x `batch` says how many questions were seen.
 
-A row per split and group of questions: accuracy over every symbol, and, of models with a grid, `hard`: with the most probable
-action of every token instead of mixtures. 10,000 test questions a split, the same for all (bAbI: all of its 20,000). The state tested is
+A row per split and group of questions: accuracy over every symbol; of models with a grid, `hard`: with the most probable action of every
+token instead of mixtures; of those with rules for the exact back end, shares of all questions: `exact` has right, `answered` surely enough,
+`answered_right` both. 10,000 test questions a split, the same for all (bAbI: all of its 20,000). The state tested is
 the one best on 1,000 dev questions. Training questions are the same for all seeds, which choose first parameters and order.
 """
 
@@ -36,14 +37,17 @@ from rows import append, provenance, read
 from torch import nn
 
 from smidgen.run import Run
+from smidgen.symbolic.card import Card
 from smidgen.symbolic.grid_model import GridModel
 from smidgen.symbolic.models import make, predict, right, sizes_of
+from smidgen.symbolic.settle import outcomes, settle
 from smidgen.symbolic.tasks import Batch, Task, open_task
 from smidgen.symbolic.train import Config, drawn, train, validation
 
 RESULTS = Path(__file__).parent / "results" / "symbolic.csv"
 COLUMNS = [
-    "task", "model", "seed", "split", "group", "accuracy", "hard", "questions", "dev", "steps", "batch", "seen", "parameters", "seconds",
+    "task", "model", "seed", "split", "group", "accuracy", "hard", "exact", "answered", "answered_right", "questions", "dev", "steps",
+    "batch", "seen", "parameters", "seconds",
     "steps_per_second", "commit", "machine", "date",
 ]  # fmt: skip
 SEQUENCE_MODELS = ["lstm", "gru-attention", "transformer", "universal-transformer"]
@@ -122,10 +126,11 @@ def trained_and_tested(task_name: str, spec: str, seed: int, options: argparse.N
         "seconds": round(seconds, 1),
         "steps_per_second": round(config.steps / seconds, 2),
     }
-    return [shared | row for split in ("id", "ood") if split in task.splits for row in tested(model, task, split, options)]
+    card = settle(model, spec, task, seed)
+    return [shared | row for split in ("id", "ood") if split in task.splits for row in tested(model, task, split, card, options)]
 
 
-def tested(model: nn.Module, task: Task, split: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+def tested(model: nn.Module, task: Task, split: str, card: Card, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Accuracy over all questions of a test and over each group."""
     batch = questions(task, split, task.splits[split] or options.test, TEST, options.cache)
     found = {"accuracy": right(predict(model, batch), batch)}
@@ -133,6 +138,12 @@ def tested(model: nn.Module, task: Task, split: str, options: argparse.Namespace
         model.module.mode = "hard"
         found["hard"] = right(predict(model, batch), batch)
         model.module.mode = "soft"
+    if card.exact is not None:
+        texts, targets = ([words.decode(row) for row in ids] for words, ids in ((task.tokens, batch.tokens), (task.answers, batch.target)))
+        made = outcomes(model, card.rules, texts, batch)
+        found["exact"] = np.array([outcome.answer == target for outcome, target in zip(made, targets, strict=True)])
+        found["answered"] = np.array([outcome.answer is not None and outcome.score >= card.exact.threshold for outcome in made])
+        found["answered_right"] = found["answered"] & found["exact"]
     masks = {ALL: np.ones(len(batch), bool)} | {name: batch.group == i for i, name in enumerate(task.groups) if len(task.groups) > 1}
     return [
         {"split": split, "group": name, "questions": int(mask.sum())} | {k: round(float(v[mask].mean()), 4) for k, v in found.items()}
@@ -173,14 +184,18 @@ def summary(path: Path) -> None:
     cells: dict[tuple[str, str, str, str], list[dict[str, str]]] = defaultdict(list)
     for row in rows:
         cells[row["task"], row["model"], row["split"], row["group"]].append(row)
-    print(f"{'task':16} {'model':40} {'split':4} {'group':28} {'seeds':>5} {'mean':>7} {'sd':>6} {'best':>7} {'hard':>7}")
+    extra = ("hard", "exact", "answered", "answered_right")
+    print(
+        f"{'task':16} {'model':40} {'split':4} {'group':28} {'seeds':>5} {'mean':>7} {'sd':>6} {'best':>7}",
+        *(f"{name:>14}" for name in extra),
+    )
     for (task, model, split, group), found in sorted(cells.items()):
         accuracy = [100 * float(row["accuracy"]) for row in found]
-        hard = [100 * float(row["hard"]) for row in found if row["hard"]]
         deviation = statistics.stdev(accuracy) if len(accuracy) > 1 else 0.0
-        last = f"{statistics.mean(hard):7.1f}" if hard else ""
-        figures = f"{len(accuracy):5} {statistics.mean(accuracy):7.1f} {deviation:6.1f} {max(accuracy):7.1f} {last}"
-        print(f"{task:16} {model:40} {split:4} {group:28} {figures}")
+        means = [[100 * float(row[name]) for row in found if row.get(name)] for name in extra]
+        last = [f"{statistics.mean(values):14.1f}" if values else " " * 14 for values in means]
+        figures = f"{len(accuracy):5} {statistics.mean(accuracy):7.1f} {deviation:6.1f} {max(accuracy):7.1f}"
+        print(f"{task:16} {model:40} {split:4} {group:28} {figures}", *last)
     solved: dict[tuple[str, str, str], int] = defaultdict(int)
     for row in rows:
         if row["task"] == "babi:joint" and row["group"] != ALL:

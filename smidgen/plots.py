@@ -234,7 +234,7 @@ def cells(rows: Sequence[Sequence[tuple[str, float]]], title: str) -> str:
     return _drawing(parts, left + columns * side + 8, top + len(rows) * height + 4, title)
 
 
-def _drawing(parts: Sequence[str], width: float, height: float, title: str) -> str:
+def _drawing(parts: Sequence[str], width: int | float, height: int | float, title: str) -> str:
     """SVG drawn by hand, never larger than a pixel per unit."""
     style = f'font-size="11" fill="{_css(INK)}" style="max-width: {width:.0f}px; min-width: 0" xmlns="http://www.w3.org/2000/svg"'
     return f'<svg role="img" aria-label="{escape(title)}" viewBox="0 0 {width:.0f} {height:.0f}" {style}>{"".join(parts)}</svg>'

@@ -58,7 +58,7 @@ def stored(folder: Path, name: str, model: nn.Module, task_name: str, options: d
     description = Description(name, task_name, task.tokens, task.answers, None if task.classifies else task.slots, task.length, options)
     (folder / TRAINED).mkdir()
     save(folder / TRAINED, model, description)
-    (folder / TRAINED / CARD).write_text(settle(model, description, task).text())
+    (folder / TRAINED / CARD).write_text(settle(model, name, task).text())
     return folder
 
 
@@ -190,7 +190,7 @@ def test_what_cannot_be_read_is_refused_and_what_does_not_fit_is_not_answered(ex
 
 def test_a_number_cut_at_the_last_slot(toy):
     network = open_trained(toy)
-    for question, cut in (("123456789012 1", False), ("1234567890123 1", True), ("1 234567890123", True), ("1 2", False)):
+    for question, cut in (("12345678901 1", False), ("123456789012 1", True), ("1 123456789012", True), ("1 2", False)):
         said = network(network.card.tokens.encode([question])[0][0])
         assert cut_in_two(question, said, network.card) == cut, question
 

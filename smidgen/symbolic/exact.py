@@ -91,7 +91,8 @@ def read(text: str, actions: Float[np.ndarray, "tokens 3"], rows: int, columns: 
     """Numbers of a layout; `actions` are the probabilities of those of every character, and of the end."""
     sure = actions.max(-1)
     used, numbers, crispness, cut = list(text), {}, 1.0, False
-    holding = [(tokens, found) for tokens in lists(actions) if (found := list(NUMBER.finditer("".join(text[t] for t in tokens))))]
+    ended = text + "\0"
+    holding = [(tokens, found) for tokens in lists(actions) if (found := list(NUMBER.finditer("".join(ended[t] for t in tokens))))]
     for tokens, found in holding[-rows:]:
         for first, last in ((match.start(), match.end() - 1) for match in found if len(tokens) - match.end() < columns):
             number = tokens[first : last + 1]
@@ -106,9 +107,9 @@ def read(text: str, actions: Float[np.ndarray, "tokens 3"], rows: int, columns: 
 
 
 def lists(actions: Float[np.ndarray, "tokens 3"]) -> list[list[int]]:
-    """Tokens before the end, by the list that the likeliest actions write them into, oldest list and token first."""
+    """Tokens by the list that the likeliest actions write them into, oldest list and token first."""
     found: list[list[int]] = [[]]
-    for token, action in enumerate(actions[:-1].argmax(-1).tolist()):
+    for token, action in enumerate(actions.argmax(-1).tolist()):
         if action == NLP:
             found.append([])
         if action != NOOP:

@@ -84,7 +84,7 @@ def main(config: Config, run: Run) -> dict[str, Any]:
     layout = config.layout if config.layout != "auto" else "hard" if accuracy["hard"] >= accuracy["soft"] - LOST else "soft"
     run.say(f"right on dev questions: soft {accuracy['soft']:.1%}, hard {accuracy['hard']:.1%}; exported {layout}")
     model.module.mode = layout
-    card = settle(model, description, task, config.seed, config.risk)
+    card = settle(model, description.name, task, config.seed, config.risk)
     folder = run.partial(ARTIFACT)
     write(folder / FILE, model, layout, card, config.bits == 8)
     run.keep(folder)

@@ -30,7 +30,7 @@ class Exported:
         log_probabilities = log_softmax(logits.astype(np.float64))
         best, chosen = log_probabilities.max(-1)[None], log_probabilities.argmax(-1)[None]
         symbols, log_probability = read(best, chosen, slots=chosen.ndim == 2)
-        return Said(symbols[0], float(log_probability[0]), actions)
+        return Said(np.asarray(symbols[0]), float(log_probability[0]), actions)
 
     def many(self, batch: Batch) -> list[Said]:
         """One after the other."""

@@ -3,6 +3,7 @@
 Rules come from training questions, calibrations from dev questions that neither training nor the choice of the best state saw.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +18,12 @@ from smidgen.symbolic.answering import Network, Said
 from smidgen.symbolic.card import Card
 from smidgen.symbolic.confidence import Calibration, calibrate
 from smidgen.symbolic.grid_model import GridModel
-from smidgen.symbolic.models import Description, load, predict, right, trained_folder
+from smidgen.symbolic.models import load, predict, right, trained_folder
 from smidgen.symbolic.tasks import Batch, Examples, Task
 
 CARD = "card.json"
 RISK = 0.05  # share of wrong answers allowed, where none is given
-RULE_QUESTIONS, DEV_QUESTIONS = 4000, 2000
+RULE_QUESTIONS, DEV_QUESTIONS = 2000, 2000
 SETTLING = 2  # added to the seed for these questions
 CHUNK = 512  # questions at once
 
@@ -42,7 +43,7 @@ class Trained:
         """Questions at once."""
         answers, found = predict(self.model, batch), actions(self.model, batch)
         laid = [None] * len(batch) if found is None else [row[:n] for row, n in zip(found, batch.lengths.tolist(), strict=True)]
-        return [Said(*one) for one in zip(answers.symbols, answers.log_probability.tolist(), laid, strict=True)]
+        return [Said(*one) for one in zip(map(np.asarray, answers.symbols), answers.log_probability.tolist(), laid, strict=True)]
 
 
 def open_trained(folder: Path, device: torch.device | str = "cpu") -> Trained:
@@ -57,15 +58,15 @@ def open_trained(folder: Path, device: torch.device | str = "cpu") -> Trained:
         raise UserError(f"{folder / CARD}: damaged, or of another version") from error
 
 
-def settle(model: nn.Module, description: Description, task: Task, seed: int = 0, risk: float = RISK) -> Card:
-    """The card of a trained model, in evaluation mode."""
+def settle(model: nn.Module, name: str, task: Task, seed: int = 0, risk: float = RISK) -> Card:
+    """The card of a trained model of that name, in evaluation mode."""
     dev = drawn(task, "dev", DEV_QUESTIONS, seed)
     batch = task.encode(dev)
     answers = predict(model, batch)
     network = calibrate(np.exp(answers.log_probability), right(answers, batch), risk)
     rules = learned(model, task, seed)
     return Card(
-        description.name,
+        name,
         task.name,
         task.tokens,
         task.answers,
@@ -82,24 +83,29 @@ def learned(model: nn.Module, task: Task, seed: int) -> dict[str, exact.Rule]:
     if not isinstance(model, GridModel) or model.guided or task.classifies or task.tokens.unit != "characters":
         return {}
     train = drawn(task, "train", RULE_QUESTIONS, seed)
-    return exact.learn(readings(model, train, task.encode(train)), train.targets)
+    return exact.learn(readings(model, train.inputs, task.encode(train)), train.targets)
 
 
 def calibrated(model: nn.Module, rules: dict[str, exact.Rule], examples: Examples, batch: Batch, risk: float) -> Calibration:
     """Of the exact back end, on the questions it answers."""
-    outcomes = [exact.answer(reading, rules) for reading in readings(model, examples, batch)]
-    answered = [(o.score, o.answer == target) for o, target in zip(outcomes, examples.targets, strict=True) if o.answer is not None]
+    found = zip(outcomes(model, rules, examples.inputs, batch), examples.targets, strict=True)
+    answered = [(o.score, o.answer == target) for o, target in found if o.answer is not None]
     score, correct = (np.array([pair[i] for pair in answered], kind) for i, kind in ((0, float), (1, bool)))
     return calibrate(score, correct, risk)
 
 
-def readings(model: nn.Module, examples: Examples, batch: Batch) -> list[exact.Reading]:
+def outcomes(model: nn.Module, rules: Mapping[str, exact.Rule], inputs: Sequence[str], batch: Batch) -> list[exact.Outcome]:
+    """What the exact back end makes of every question."""
+    return [exact.answer(reading, rules) for reading in readings(model, inputs, batch)]
+
+
+def readings(model: nn.Module, inputs: Sequence[str], batch: Batch) -> list[exact.Reading]:
     """What the layout of every question says."""
     rows, columns = grid_of(model)
     probabilities = actions(model, batch)
     assert probabilities is not None and rows is not None and columns is not None
     lengths = batch.lengths.tolist()
-    return [exact.read(text, p[:n], rows, columns) for text, p, n in zip(examples.inputs, probabilities, lengths, strict=True)]
+    return [exact.read(text, p[:n], rows, columns) for text, p, n in zip(inputs, probabilities, lengths, strict=True)]
 
 
 @torch.no_grad()

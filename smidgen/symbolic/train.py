@@ -157,7 +157,7 @@ def main(config: Config, run: Run) -> dict[str, Any]:
     folder = run.partial(TRAINED)
     description = Description(config.model, config.task, task.tokens, task.answers, slots, longest, dict(config.option))
     save(folder, model, description)
-    (folder / CARD).write_text(settle(model, description, task, config.seed).text(), encoding="utf-8")
+    (folder / CARD).write_text(settle(model, description.name, task, config.seed).text(), encoding="utf-8")
     run.keep(folder)
     (run.folder / CHECKPOINT).unlink(missing_ok=True)
     layout = {f"validation_{name}": kept[name] for name in ("hard", "certainty") if name in kept}
