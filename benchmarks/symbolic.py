@@ -59,6 +59,9 @@ TASKS = {
     "program": ["s2g-cnn", CARRY, CRISP, "s2g-acnn", "cnn", *SEQUENCE_MODELS],
     "babi:joint": ["s2g-textcnn", "textcnn", *SEQUENCE_MODELS],
 }
+RATES = {"s2g-cnn": 2e-3, "s2g-acnn": 2e-3, "cnn": 2e-3}  # larger batches than the authors' bear larger rates with batch norm
+RATE = 1e-3  # the authors', for the others
+STARTED = time.monotonic()
 ALL = "all"  # the group of all questions
 TEST = 1_000_003  # seed of test questions
 SOLVED = 0.95  # a bAbI task is, from this accuracy on
@@ -77,7 +80,7 @@ def config_of(task: str, spec: str, seed: int, options: argparse.Namespace) -> C
         questions=options.questions,
         steps=options.steps,
         batch=options.batch,
-        learning_rate=options.learning_rate,
+        learning_rate=options.learning_rate or RATES.get(name, RATE),
         warmup=min(500, options.steps // 10),
         validation_questions=1000,
         compile=options.compile and name.startswith("s2g"),
@@ -162,11 +165,14 @@ def spread(jobs: list[tuple[str, str, int]], options: argparse.Namespace) -> Non
         places.put(place % options.gpus)
 
     def one(job: tuple[str, str, int]) -> None:
+        if late(options):
+            return
         gpu = places.get()
         task, spec, seed = job
         command = [sys.executable, __file__, "--tasks", task, "--models", spec, "--seeds", str(seed), "--cache", str(options.cache)]
-        passed = ("data", "steps", "batch", "learning_rate", "questions", "test", "results")
-        command += [part for name in passed for part in (f"--{name.replace('_', '-')}", str(getattr(options, name)))]
+        passed = ("data", "steps", "batch", "questions", "test", "results")
+        command += [part for name in passed for part in (f"--{name}", str(getattr(options, name)))]
+        command += ["--learning-rate", str(options.learning_rate)] if options.learning_rate else []
         command += ["--compile"] * options.compile
         threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // (options.workers * options.gpus)))}
         done = subprocess.run(command, env=os.environ | threads | {"CUDA_VISIBLE_DEVICES": str(gpu)}, check=False)
@@ -176,6 +182,11 @@ def spread(jobs: list[tuple[str, str, int]], options: argparse.Namespace) -> Non
 
     with ThreadPoolExecutor(options.workers * options.gpus) as pool:
         list(pool.map(one, jobs))
+
+
+def late(options: argparse.Namespace) -> bool:
+    """Whether nothing new is to be begun."""
+    return options.begin_within is not None and time.monotonic() - STARTED > options.begin_within
 
 
 def summary(path: Path) -> None:
@@ -213,7 +224,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, default=16_000)
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--learning-rate", type=float, help="by default 2e-3 for bottleneck networks, 1e-3 for the others")
     parser.add_argument("--questions", type=int, default=1_000_000, help="to train on")
     parser.add_argument("--test", type=int, default=10_000, help="questions of a test")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -221,6 +232,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="fuse the grid networks of s2g models")
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--workers", type=int, default=1, help="trainings at a time on each GPU; 1 on 1 GPU: in this process")
+    parser.add_argument(
+        "--begin-within", type=float, metavar="SECONDS", help="begin no training later than that; repeat the command for the rest"
+    )
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     parser.add_argument("--summary", action="store_true", help="of the results there are; runs nothing")
     options = parser.parse_args()
@@ -241,6 +255,8 @@ def main(options: argparse.Namespace) -> None:
     torch.backends.cudnn.benchmark = True  # shapes repeat
     made_by = provenance()
     for task, spec, seed in jobs:
+        if late(options):
+            return
         rows = trained_and_tested(task, spec, seed, options)
         append(options.results, COLUMNS, [row | made_by for row in rows])
         for row in rows:
