@@ -233,3 +233,13 @@ def test_the_kernel_is_the_loop():
         a, c = (torch.rand(steps, batch, 1, places, device="cuda", dtype=torch.float64) / 2 for _ in range(2))
         v = torch.randn(steps + 1, batch, rows, places, device="cuda", dtype=torch.float64)
         torch.testing.assert_close(walk_triton(a, c, v), walk_steps(a, c, v), atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.gpu
+def test_the_closed_form_is_the_definition_on_a_gpu(normal):
+    actions, x = (t.cuda().requires_grad_() for t in drawn((8, 60, 3, 25, 16), normal))
+    grids = unroll(actions, x, 3, 25), write(weights(actions, 3, 25), x)
+    torch.testing.assert_close(*grids, atol=1e-12, rtol=0)
+    way = normal(*grids[0].shape).cuda()
+    for a, b in zip(*(torch.autograd.grad((grid * way).sum(), (actions, x)) for grid in grids), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)

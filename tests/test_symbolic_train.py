@@ -208,18 +208,30 @@ def test_certainty_is_of_the_most_probable_action():
     assert certainty(model, task.sample("dev", 30), size=7) == pytest.approx(0.5)
 
 
-def test_labels_from_a_file(trained, tmp_path):
-    """Words in, a label out, by the model of labels; the order of words decides, so it is not a bag of them."""
-    rows = [{"input": " ".join(w), "label": "yes" if w.index("a") < w.index("b") else "no"} for w in _orders()]
+@pytest.fixture
+def orders(tmp_path) -> Path:
+    """Words, labelled by whether a comes before b."""
+    rows = [w for w in itertools.permutations("abcdef", 5) if "a" in w and "b" in w]
     path = tmp_path / "order.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = replace(QUICK, task=str(path), option={"dim": 16, "layers": 1, "dropout": 0.0}, steps=120, batch=32, validate_every=40)
+    path.write_text(
+        "".join(json.dumps({"input": " ".join(w), "label": "yes" if w.index("a") < w.index("b") else "no"}) + "\n" for w in rows)
+    )
+    return path
+
+
+def test_labels_from_a_file(trained, orders):
+    """Words in, a label out, by the model of labels; the order of words decides, so it is not a bag of them."""
+    config = replace(QUICK, task=str(orders), option={"dim": 16, "layers": 1, "dropout": 0.0}, steps=120, batch=32, validate_every=40)
     metrics, _ = trained(config)
     assert metrics["model"] == "s2g-textcnn" and metrics["validation_accuracy"] > 0.85
 
 
-def _orders():
-    return [w for w in itertools.permutations("abcdef", 5) if "a" in w and "b" in w]
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_trains_on_a_gpu(name, trained, orders):
+    config = replace(QUICK, model=name, option={}, device="cuda", precision="auto")
+    metrics, folder = trained(replace(config, task=str(orders)) if name.endswith("textcnn") else config)
+    assert metrics["device"] == "cuda" and (folder / TRAINED / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize(
