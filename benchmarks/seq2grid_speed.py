@@ -27,7 +27,8 @@ from rows import append, provenance
 from torch import Tensor
 
 from smidgen.symbolic import seq2grid
-from smidgen.symbolic.models import GridModel, Sizes, make
+from smidgen.symbolic.grid_model import GridModel
+from smidgen.symbolic.models import Sizes, make
 from smidgen.symbolic.seq2grid import Layout, Seq2Grid, unroll
 
 RESULTS = Path(__file__).parent / "results" / "seq2grid_speed.csv"

@@ -1,12 +1,13 @@
 """Symbolic tasks: accuracy where questions are like those of training (id) and where they are longer (ood), all models, several seeds.
 
     python benchmarks/symbolic.py                                         # everything; a GPU's work
-    python benchmarks/symbolic.py --tasks word-problem --models s2g-cnn s2g-cnn+carry=true s2g-cnn@sharpen=0.1 --seeds 0 1 2 3 4
+    python benchmarks/symbolic.py --tasks word-problem --models s2g-cnn s2g-cnn+carry=true@sharpen=0.02 --seeds 0 1 2 3 4
+    python benchmarks/symbolic.py --tasks addition --models s2g-cnn+guided=true     # the toy whose alignment is given
     python benchmarks/symbolic.py --workers 3 --gpus 4                    # twelve trainings at a time; what --results has is not run again
     python benchmarks/symbolic.py --summary                               # mean, deviation and best over seeds, and what bAbI is solved
 
 A model is one of `smidgen symbolic train`, with options after + and settings of the training after @ (curriculum, sharpen, steps, batch,
-learning_rate, questions, ...). Batches of 512, a warm-up, and bfloat16 in the grid network, are a GPU's version of the authors' 64,000
+learning_rate, questions, ...). Batches of 256, a warm-up, and bfloat16 in the grid network, are a GPU's version of the authors' 64,000
 updates of about 32 questions; `steps` x `batch` says how many questions were seen.
 
 A row per split and group of questions: accuracy over every symbol; of models with a grid, `hard`: with the most probable action of every
@@ -37,7 +38,8 @@ from torch import nn
 
 from smidgen.run import Run
 from smidgen.symbolic.card import Card
-from smidgen.symbolic.models import GridModel, make, predict, right, sizes_of
+from smidgen.symbolic.grid_model import GridModel
+from smidgen.symbolic.models import make, predict, right, sizes_of
 from smidgen.symbolic.settle import outcomes, settle
 from smidgen.symbolic.tasks import Batch, Task, open_task
 from smidgen.symbolic.train import Config, drawn, train, validation
@@ -49,10 +51,12 @@ COLUMNS = [
     "steps_per_second", "commit", "machine", "date",
 ]  # fmt: skip
 SEQUENCE_MODELS = ["lstm", "gru-attention", "transformer", "universal-transformer"]
+CARRY = "s2g-cnn+carry=true"
+CRISP = CARRY + "@sharpen=0.02"
 TASKS = {
-    "number-sequence": ["s2g-cnn", "s2g-acnn", "cnn", *SEQUENCE_MODELS],
-    "word-problem": ["s2g-cnn", "s2g-cnn+carry=true", "s2g-acnn", "cnn", *SEQUENCE_MODELS],
-    "program": ["s2g-cnn", "s2g-acnn", "cnn", *SEQUENCE_MODELS],
+    "number-sequence": ["s2g-cnn", CARRY, CRISP, "s2g-acnn", "cnn", *SEQUENCE_MODELS],
+    "word-problem": ["s2g-cnn", CARRY, CRISP, "s2g-acnn", "cnn", *SEQUENCE_MODELS],
+    "program": ["s2g-cnn", CARRY, CRISP, "s2g-acnn", "cnn", *SEQUENCE_MODELS],
     "babi:joint": ["s2g-textcnn", "textcnn", *SEQUENCE_MODELS],
 }
 ALL = "all"  # the group of all questions
@@ -207,8 +211,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     parser.add_argument("--models", nargs="+", help="by default a list for each task")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
-    parser.add_argument("--steps", type=int, default=8000)
-    parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=16_000)
+    parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--questions", type=int, default=1_000_000, help="to train on")
     parser.add_argument("--test", type=int, default=10_000, help="questions of a test")

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from smidgen.errors import UserError
-from smidgen.symbolic.models import MODELS, GridModel, Sizes, make
+from smidgen.symbolic.grid_model import GridModel
+from smidgen.symbolic.models import MODELS, Sizes, make
 from smidgen.symbolic.networks import GRU, OUTSIDE, Blocks, Embedding, LocalAttention, TextCNN, TopList, Transformer, neighbours, sinusoids
 
 

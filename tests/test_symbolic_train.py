@@ -14,12 +14,12 @@ from smidgen.errors import UserError
 from smidgen.fit import CHECKPOINT
 from smidgen.run import Run
 from smidgen.symbolic.decoders import to_slots
+from smidgen.symbolic.grid_model import GridModel
 from smidgen.symbolic.models import (
     MODELS,
     TRAINED,
     Answers,
     Description,
-    GridModel,
     Sizes,
     describe,
     load,

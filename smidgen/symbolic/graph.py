@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from smidgen.errors import UserError
-from smidgen.symbolic.models import GridModel
+from smidgen.symbolic.grid_model import GridModel
 from smidgen.symbolic.networks import GRU, OUTSIDE, Blocks, Bottleneck, LocalAttention, TextCNN, TopList
 from smidgen.symbolic.seq2grid import Seq2Grid
 from smidgen.symbolic.tasks import NLP, NOOP, TLU

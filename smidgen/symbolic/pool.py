@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from smidgen.symbolic.decoders import to_slots
-from smidgen.symbolic.models import GridModel
+from smidgen.symbolic.grid_model import GridModel
 from smidgen.symbolic.tasks import NOOP, Batch
 
 SHORTEST = 0.1  # share of the questions a length curriculum starts with

@@ -17,7 +17,8 @@ from smidgen.symbolic import exact
 from smidgen.symbolic.answering import Network, Said
 from smidgen.symbolic.card import Card
 from smidgen.symbolic.confidence import Calibration, calibrate
-from smidgen.symbolic.models import GridModel, load, predict, right, trained_folder
+from smidgen.symbolic.grid_model import GridModel
+from smidgen.symbolic.models import load, predict, right, trained_folder
 from smidgen.symbolic.tasks import Batch, Examples, Task
 
 CARD = "card.json"

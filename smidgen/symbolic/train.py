@@ -22,7 +22,8 @@ from smidgen.errors import UserError
 from smidgen.fit import CHECKPOINT, FitConfig, FitResult, fit, is_first_process, own_device, process_run
 from smidgen.precision import pick_device
 from smidgen.run import Run
-from smidgen.symbolic.models import TRAINED, Description, GridModel, make, predict, right, save, sizes_of
+from smidgen.symbolic.grid_model import GridModel
+from smidgen.symbolic.models import TRAINED, Description, make, predict, right, save, sizes_of
 from smidgen.symbolic.pool import Pool, Training
 from smidgen.symbolic.settle import CARD, settle
 from smidgen.symbolic.tasks import Batch, Task, open_task
