@@ -40,6 +40,7 @@ from smidgen.run import Run
 from smidgen.symbolic.card import Card
 from smidgen.symbolic.grid_model import GridModel
 from smidgen.symbolic.models import make, predict, right, sizes_of
+from smidgen.symbolic.seq2grid import hard_layouts
 from smidgen.symbolic.settle import outcomes, settle
 from smidgen.symbolic.tasks import Batch, Task, open_task
 from smidgen.symbolic.train import Config, drawn, train, validation
@@ -138,9 +139,8 @@ def tested(model: nn.Module, task: Task, split: str, card: Card, options: argpar
     batch = questions(task, split, task.splits[split] or options.test, TEST, options.cache)
     found = {"accuracy": right(predict(model, batch), batch)}
     if isinstance(model, GridModel):
-        model.module.mode = "hard"
-        found["hard"] = right(predict(model, batch), batch)
-        model.module.mode = "soft"
+        with hard_layouts(model.module):
+            found["hard"] = right(predict(model, batch), batch)
     if card.exact is not None:
         texts, targets = ([words.decode(row) for row in ids] for words, ids in ((task.tokens, batch.tokens), (task.answers, batch.target)))
         made = outcomes(model, card.rules, texts, batch)

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import one_hot
 
 from smidgen.symbolic.networks import MLP, Embedding
-from smidgen.symbolic.seq2grid import Seq2Grid, Walk, cells, entropy, place, unroll, walk_steps, weights, write
+from smidgen.symbolic.seq2grid import Seq2Grid, Walk, cells, entropy, hard_layouts, place, unroll, walk_steps, weights, write
 from smidgen.symbolic.tasks import NLP, NOOP, TLU
 
 SIZES = [(3, 7, 3, 4, 5), (2, 12, 2, 3, 4), (4, 1, 3, 25, 2), (2, 9, 1, 1, 3), (2, 6, 4, 1, 3), (1, 8, 9, 9, 2)]  # batch, time, H, W, C
@@ -175,10 +175,12 @@ def test_hard_mode_takes_the_most_probable_action(module, generator):
     x, mask = questions(generator, [7, 5])
     with torch.no_grad():
         module.action.weight.mul_(50)
-        module.mode = "hard"
-        layout = module.layout(x, mask)
-        expected = unroll(one_hot(layout.actions.argmax(-1), 3).float(), x, 3, 5)
-        assert torch.equal(module(x, mask), expected) and torch.allclose(layout.grid, expected)
+        soft = module(x, mask)
+        with hard_layouts(module):
+            layout = module.layout(x, mask)
+            expected = unroll(one_hot(layout.actions.argmax(-1), 3).float(), x, 3, 5)
+            assert torch.equal(module(x, mask), expected) and torch.allclose(layout.grid, expected)
+        assert torch.equal(module(x, mask), soft) and not torch.equal(soft, expected)
 
 
 def test_given_actions_and_a_grid_of_another_size(module, generator):

@@ -30,6 +30,8 @@ before the first of them.
     >>> tokens "582 13$", a push at the "1", updates elsewhere:      row 0:  $ 3 1        row 1:  (space) 2 8 5
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -240,6 +242,16 @@ class Seq2Grid(nn.Module):
             p = one_hot(actions, 3).to(x.dtype)
         stay = one_hot(torch.full_like(mask, NOOP, dtype=torch.long), 3).to(x.dtype)
         return torch.where(mask[..., None], p, stay)
+
+
+@contextmanager
+def hard_layouts(module: Seq2Grid) -> Iterator[None]:
+    """Hard mode meanwhile."""
+    before, module.mode = module.mode, "hard"
+    try:
+        yield
+    finally:
+        module.mode = before
 
 
 def entropy(layout_actions: Actions, mask: Bool[Tensor, "batch time"]) -> Float[Tensor, ""]:

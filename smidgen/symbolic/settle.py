@@ -19,6 +19,7 @@ from smidgen.symbolic.card import Card
 from smidgen.symbolic.confidence import Calibration, calibrate
 from smidgen.symbolic.grid_model import GridModel
 from smidgen.symbolic.models import load, predict, right, trained_folder
+from smidgen.symbolic.seq2grid import hard_layouts
 from smidgen.symbolic.tasks import Batch, Examples, Task
 
 CARD = "card.json"
@@ -127,12 +128,8 @@ def with_hard_layout(network: Network, batch: Batch) -> Bool[np.ndarray, "n"] | 
     """Which questions a trained model has right if likeliest actions lay them out; none if it has no soft layout to begin with."""
     if not isinstance(network, Trained) or not isinstance(network.model, GridModel) or network.model.guided:
         return None
-    module = network.model.module
-    before, module.mode = module.mode, "hard"
-    try:
+    with hard_layouts(network.model.module):
         return right(predict(network.model, batch), batch)
-    finally:
-        module.mode = before
 
 
 def grid_of(model: nn.Module) -> tuple[int, int] | tuple[None, None]:

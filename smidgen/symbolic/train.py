@@ -25,6 +25,7 @@ from smidgen.run import Run
 from smidgen.symbolic.grid_model import GridModel
 from smidgen.symbolic.models import TRAINED, Description, make, predict, right, save, sizes_of
 from smidgen.symbolic.pool import Pool, Training
+from smidgen.symbolic.seq2grid import hard_layouts
 from smidgen.symbolic.settle import CARD, settle
 from smidgen.symbolic.tasks import Batch, Task, open_task
 
@@ -243,9 +244,8 @@ def figures(model: nn.Module, questions: Batch, crisp: bool = False) -> dict[str
     answers = predict(model, questions)
     found = {"accuracy": float(right(answers, questions).mean())}
     if learns_actions(model):
-        model.module.mode = "hard"
-        found["hard"] = float(right(predict(model, questions), questions).mean())
-        model.module.mode = "soft"
+        with hard_layouts(model.module):
+            found["hard"] = float(right(predict(model, questions), questions).mean())
         found["certainty"] = certainty(model, questions)
     errors = 1 - (found["hard"] if crisp else found["accuracy"])
     return {"held_out": errors + TIE * float(1 - np.exp(answers.log_probability).mean())} | found
