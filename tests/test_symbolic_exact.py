@@ -102,8 +102,8 @@ def readings(split: str, n: int, sure: float = 1.0, task: str = "word-problem"):
 
 def test_rules_learnt_on_short_problems_answer_all_long_ones():
     rules = learn(*readings("train", 1200))
-    assert rules["What is # less than #?"].coefficients == (-1, 1)
-    assert rules["#+#"].coefficients == (1, 1) and not rules["#+#"].magnitude
+    assert rules["What is # less than #?"].coefficients == (-1, 1, 0)
+    assert rules["#+#"].coefficients == (1, 1, 0) and not rules["#+#"].magnitude
     assert rules["What is the difference between # and #?"].magnitude
     long, targets = readings("ood", 400)
     outcomes = [answer(reading, rules) for reading in long]
@@ -127,12 +127,19 @@ def test_answers_that_follow_no_rule_give_none():
 def test_a_rule_has_to_explain_most_questions_and_the_simplest_wins():
     asked = [((a, b), a + b) for a, b in itertools.product(range(3, 9), repeat=2)]
     found = rule(asked)
-    assert found == Rule((1, 1), False, 36, 36)
+    assert found == Rule((1, 1, 0), False, 36, 36)
     wrong = [(numbers, target + (i % 3 == 0)) for i, (numbers, target) in enumerate(asked)]
     assert rule(wrong) is None
     few = [(numbers, target + (i == 5)) for i, (numbers, target) in enumerate(asked)]
     found = rule(few)
     assert found is not None and (found.right, found.of) == (35, 36) and found.reliability == 36 / 38
+
+
+def test_products_are_rules_too():
+    asked = [((a, b), a * b) for a, b in itertools.product(range(3, 9), repeat=2)]
+    found = rule(asked)
+    assert found is not None and found.coefficients == (0, 0, 1) and found((11, 12)) == 132
+    assert rule([((a, b), a**b) for (a, b), _ in asked]) is None
 
 
 def test_it_abstains_when_it_should():

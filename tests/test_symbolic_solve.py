@@ -27,6 +27,7 @@ from smidgen.symbolic.runtime import ARTIFACT, FILE, open_exported  # noqa: E402
 from smidgen.symbolic.settle import CARD, open_trained, settle  # noqa: E402
 from smidgen.symbolic.solve import explained, open_network  # noqa: E402
 from smidgen.symbolic.tasks import open_task  # noqa: E402
+from smidgen.symbolic.tasks.babi import phrased  # noqa: E402
 
 OPTIONS = {"dim": 16, "rows": 2, "columns": 12, "layers": 1, "blocks": 1}
 
@@ -131,7 +132,7 @@ def test_eight_bits_are_a_quarter_and_close():
 
 def test_the_exact_back_end_answers_what_the_network_cannot(toy):
     network = open_trained(toy)
-    assert network.card.rules["# #"].coefficients == (1, 1) and network.card.network.threshold == NEVER
+    assert network.card.rules["# #"].coefficients == (1, 1, 0) and network.card.network.threshold == NEVER
     solved = solve(network, "582 13")
     assert (solved.answer, solved.by) == ("595", "exact") and solved.confidence > 0.9
     alone = solve(network, "582 13", "network")
@@ -221,6 +222,28 @@ def test_labels(tmp_path):
         solve(open_trained(folder), "dim the light", "exact")
     with Run("symbolic export", config := export.Config(folder, questions=10), tmp_path / "export") as run:
         assert export.main(config, run)["agreement"] == 1.0
+
+
+def test_a_guided_model_is_measured_but_cannot_be_asked(tmp_path):
+    options = OPTIONS | {"guided": True}
+    torch.manual_seed(0)
+    model = make("s2g-cnn", sizes_of(open_task("addition")), options).eval()
+    folder = stored(tmp_path, "s2g-cnn", model, "addition", options)
+    with Run("symbolic evaluate", config := evaluate.Config(folder, questions=20, device="cpu"), tmp_path / "run") as run:
+        assert evaluate.main(config, run)["questions"] == 20
+    with pytest.raises(UserError, match="lays out by actions that come with the data"):
+        solve(open_trained(folder), "1 2")
+    with (
+        Run("symbolic export", config := export.Config(folder), tmp_path / "export") as run,
+        pytest.raises(UserError, match="not a guided"),
+    ):
+        export.main(config, run)
+
+
+def test_stories_may_be_told_as_people_tell_them():
+    told = "Mary went to the garden. Where is Mary? John is here."
+    assert phrased(told) == "« Where is Mary? » Mary went to the garden. John is here."
+    assert phrased("« Where is Mary ? » Mary left .") == "« Where is Mary ? » Mary left ." and phrased("No question.") == "No question."
 
 
 def test_models_without_a_grid_are_measured_but_not_exported(tmp_path):

@@ -17,6 +17,7 @@ from smidgen.symbolic import exact
 from smidgen.symbolic.card import Card
 from smidgen.symbolic.confidence import Calibration
 from smidgen.symbolic.tasks import Batch
+from smidgen.symbolic.tasks.babi import phrased
 
 By = Literal["auto", "network", "exact"]
 
@@ -71,6 +72,7 @@ class Solved:
 def solve(network: Network, question: str, by: By = "auto") -> Solved:
     """Reads, asks, decides."""
     card = network.card
+    question = phrased(question) if card.task.startswith("babi") else question
     check(question, card, by)
     tokens = card.tokens.encode([question])[0][0]
     if len(tokens) > card.length:

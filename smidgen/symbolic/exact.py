@@ -6,11 +6,11 @@ length, is known. So:
     1. The likeliest action of every token makes lists. Digits that lie together in one, with a "-" before them, are a number; the newest
        lists that hold numbers count, as many as the grid has rows.
     2. The rest of the question, numbers read as "#" and others as "_", says what is asked: "What is # less than #?".
-    3. A rule answers it: a small integer combination of the numbers, or its magnitude. Which rule, for which rest, is learned from training
-       questions: the one that explains their answers.
+    3. A rule answers it: a small integer combination of the numbers, and of the product of two, or its magnitude. Which rule, for which
+       rest, is learned from training questions: the one that explains their answers.
 
                  slot   0  1  2  3                          numbers (12, 345), rest "What is # plus #?"
-        row 0           5  4  3                             rule +1 +1: 357
+        row 0           5  4  3                             rule +1 +1 0: 357
         row 1           2  1
 
 It abstains, and says why, if no rule is known for the rest, or if a number reaches beyond the last slot. Its score is how crisp the layout
@@ -53,7 +53,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Rule:
-    """Sum of coefficients times numbers, or its magnitude."""
+    """Sum of coefficients times terms, or its magnitude."""
 
     coefficients: tuple[int, ...]
     magnitude: bool
@@ -65,16 +65,21 @@ class Rule:
     def __call__(self, numbers: Sequence[int]) -> int:
         """The answer.
 
-        >>> Rule((1, -1), True, 9, 9)((3, 10))
+        >>> Rule((1, -1, 0), True, 9, 9)((3, 10))
         7
         """
-        total = sum(c * x for c, x in zip(self.coefficients, numbers, strict=True))
+        total = sum(c * x for c, x in zip(self.coefficients, terms(numbers), strict=True))
         return abs(total) if self.magnitude else total
 
     @property
     def reliability(self) -> float:
         """Share of questions it explains, by Laplace's rule of succession."""
         return (self.right + 1) / (self.of + 2)
+
+
+def terms(numbers: Sequence[int]) -> tuple[int, ...]:
+    """What is summed: the numbers, and the product where there are two."""
+    return (*numbers, numbers[0] * numbers[1]) if len(numbers) == 2 else tuple(numbers)
 
 
 @dataclass(frozen=True)
@@ -138,9 +143,9 @@ def learn(readings: Sequence[Reading], targets: Sequence[str]) -> dict[str, Rule
 
 def rule(questions: Sequence[tuple[tuple[int, ...], int]]) -> Rule | None:
     """The simplest of the rules that explain most of the first questions, which have as many numbers each; none if it fails too many."""
-    count = len(questions[0][0])
+    count = len(terms(questions[0][0]))
     tried = questions[:TRIED]
-    x = np.array([numbers for numbers, _ in tried], object)  # beyond 64 bits
+    x = np.array([terms(numbers) for numbers, _ in tried], object)  # beyond 64 bits
     y = np.array([target for _, target in tried], object)
     best, explained = ((0,) * count, False), 0
     for coefficients in sorted(itertools.product(COEFFICIENTS, repeat=count), key=lambda c: sum(map(abs, c))):
@@ -160,6 +165,6 @@ def answer(reading: Reading, rules: Mapping[str, Rule]) -> Outcome:
     if reading.cut:
         return Outcome(None, reason="a number reaches beyond the last slot of its row")
     known = rules.get(reading.rest)
-    if known is None or len(known.coefficients) != len(reading.numbers):
+    if known is None or len(known.coefficients) != len(terms(reading.numbers)):
         return Outcome(None, reason=f"no rule is known for {reading.rest!r}")
     return Outcome(str(known(reading.numbers)), reading.crispness * known.reliability)

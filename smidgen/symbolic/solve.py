@@ -33,7 +33,7 @@ class Config:
     model: Path
     "A run of smidgen symbolic train or export, or a .onnx file."
     question: str
-    "As the model's task asks; of bAbI: « Where is Mary ? » and the story."
+    "As the model's task asks; of bAbI: the story and the question."
     _: KW_ONLY
     by: By = "auto"
     "Who answers: the network, the exact back end, or whoever may (auto)."

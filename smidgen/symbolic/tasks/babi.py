@@ -190,3 +190,12 @@ def vocabulary(questions: list[Question]) -> tuple[str, ...]:
     """All words and signs, sorted."""
     sentences = {told for q in questions for told in q.story} | {q.words for q in questions}
     return tuple(sorted({START, STOP}.union(*sentences)))
+
+
+def phrased(text: str) -> str:
+    """A story and one question, in any order, as the task has them; what has markers, or not one question, stays as it is."""
+    sentences = [part.strip() for part in re.findall(r"[^.?]+[.?]?", text)]
+    asked = [part for part in sentences if part.endswith("?")]
+    if START in text or len(asked) != 1:
+        return text
+    return " ".join([START, asked[0], STOP, *(part for part in sentences if part not in asked)])
