@@ -52,12 +52,12 @@ COLUMNS = [
     "steps_per_second", "commit", "machine", "date",
 ]  # fmt: skip
 SEQUENCE_MODELS = ["lstm", "gru-attention", "transformer", "universal-transformer"]
-CARRY = "s2g-cnn+carry=true"
-CRISP = CARRY + "@sharpen=0.02"
+PLAIN, CARRY, SHARPEN, CURRICULUM = "s2g-cnn", "+carry=true", "@sharpen=0.02", "@curriculum=0.3"
+ABLATION = [PLAIN, PLAIN + CARRY, PLAIN + SHARPEN, PLAIN + CARRY + SHARPEN, PLAIN + CURRICULUM]
 TASKS = {
-    "number-sequence": ["s2g-cnn", CARRY, CRISP, "s2g-acnn", "cnn", *SEQUENCE_MODELS],
-    "word-problem": ["s2g-cnn", CARRY, CRISP, "s2g-acnn", "cnn", *SEQUENCE_MODELS],
-    "program": ["s2g-cnn", CARRY, CRISP, "s2g-acnn", "cnn", *SEQUENCE_MODELS],
+    "number-sequence": [*ABLATION, "s2g-acnn", "cnn", *SEQUENCE_MODELS],
+    "word-problem": [*ABLATION, "s2g-acnn", "cnn", *SEQUENCE_MODELS],
+    "program": [PLAIN, PLAIN + CARRY + SHARPEN, "s2g-acnn", "cnn", *SEQUENCE_MODELS],
     "babi:joint": ["s2g-textcnn", "textcnn", *SEQUENCE_MODELS],
 }
 RATES = {"s2g-cnn": 2e-3, "s2g-acnn": 2e-3, "cnn": 2e-3}  # larger batches than the authors' bear larger rates with batch norm
