@@ -195,6 +195,60 @@ def thumbnails(rows: Sequence[tuple[str, Sequence[tuple[str, str, bool]], Sequen
     )
 
 
+def shares(symbols: Sequence[str], probabilities: Sequence[Sequence[float]], names: Sequence[str], title: str) -> str:
+    """A column per symbol of a sequence, divided by its probabilities, the first at the bottom; symbols stand below."""
+    step, height, left, top = 13, 90, 8, 26
+    colors = [_css(SERIES[i]) for i in (0, 1, 7)]
+    longest = max(map(len, symbols))
+    parts = []
+    for k, name in enumerate(names):
+        x = left + 110 * k
+        parts += [f'<rect x="{x}" y="2" width="10" height="10" fill="{colors[k]}"/>', f'<text x="{x + 14}" y="11">{escape(name)}</text>']
+    for i, (symbol, row) in enumerate(zip(symbols, probabilities, strict=True)):
+        x, y = left + i * step, float(top + height)
+        for p, color in zip(row, colors, strict=True):
+            y -= height * p
+            parts.append(f'<rect x="{x}" y="{y:.1f}" width="{step - 2}" height="{height * p:.1f}" fill="{color}"/>')
+        turn = f' transform="rotate(90 {x + 2} {top + height + 6})"' if longest > 1 else ""
+        parts.append(f'<text x="{x + 2}" y="{top + height + (6 if turn else 13)}"{turn}>{escape(_visible(symbol))}</text>')
+    below = 16 + (7 * longest if longest > 1 else 0)
+    return _drawing(parts, left + max(step * len(symbols), 110 * len(names)) + 8, top + height + below, title)
+
+
+def cells(rows: Sequence[Sequence[tuple[str, float]]], title: str) -> str:
+    """A grid of symbols, each as dark as it is probable; an empty symbol leaves its cell blank."""
+    widest = max((len(symbol) for row in rows for symbol, _ in row), default=1)
+    columns = max(map(len, rows), default=0)
+    side, height, left, top = 20 + 7 * (widest - 1), 22, 44, 18
+    small, middle = f'font-size="9" fill="{_css(MUTED)}"', 'text-anchor="middle"'
+    parts = [f'<text x="{left + (c + 0.5) * side:.0f}" y="12" {middle} {small}>{c}</text>' for c in range(columns)]
+    for r, row in enumerate(rows):
+        y = top + r * height
+        parts.append(f'<text x="0" y="{y + 15}" {small}>row {r}</text>')
+        for c, (symbol, weight) in enumerate(row):
+            x = left + c * side
+            shade = f'fill="{_css(SERIES[0])}" fill-opacity="{0.3 * weight if symbol else 0:.2f}" stroke="{_css(RULE)}"'
+            parts.append(f'<rect x="{x}" y="{y}" width="{side - 1}" height="{height - 1}" {shade}/>')
+            faint = f'{middle} opacity="{max(0.25, weight):.2f}"'
+            parts.append(f'<text x="{x + side / 2 - 0.5}" y="{y + 15}" {faint}>{escape(_visible(symbol))}</text>' if symbol else "")
+    return _drawing(parts, left + columns * side + 8, top + len(rows) * height + 4, title)
+
+
+def _drawing(parts: Sequence[str], width: int | float, height: int | float, title: str) -> str:
+    """SVG drawn by hand, never larger than a pixel per unit."""
+    style = f'font-size="11" fill="{_css(INK)}" style="max-width: {width:.0f}px; min-width: 0" xmlns="http://www.w3.org/2000/svg"'
+    return f'<svg role="img" aria-label="{escape(title)}" viewBox="0 0 {width:.0f} {height:.0f}" {style}>{"".join(parts)}</svg>'
+
+
+def _css(color: str) -> str:
+    return f"var(--{VARIABLES[color]}, {color})"
+
+
+def _visible(symbol: str) -> str:
+    """Spaces and line ends as signs."""
+    return {" ": "\u2423", "\n": "\u23ce"}.get(symbol, symbol)
+
+
 def _axes(width: float, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
