@@ -242,6 +242,7 @@ def test_who_is_never_wrong_is_not_certain_and_who_is_never_right_says_nothing()
     assert 0.98 < perfect.probability(0.999) < 0.995 and perfect.threshold == 0.999
     assert calibrate(np.full(100, 0.999), np.ones(100, bool), 0.001).threshold == NEVER, "100 questions cannot show that"
     assert calibrate(np.full(100, 0.999), np.zeros(100, bool), 0.05).threshold == NEVER
+    assert calibrate(np.zeros(0), np.zeros(0, bool), 0.05).threshold == NEVER
     assert wilson(np.array([0]), np.array([10]))[0] > 0.2
 
 

@@ -6,7 +6,7 @@
    that is sure enough; else there is none. Either one can be asked alone.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -83,11 +83,13 @@ def solve(network: Network, question: str, by: By = "auto") -> Solved:
 
 def decide(question: str, said: Said, card: Card, by: By = "auto") -> Solved:
     """Whose answer counts."""
-    if by != "network" and card.exact is not None:
-        found = by_rules(question, card, said)
-        if by == "exact" or found.answer is not None:
-            return found
-    return by_network(question, card, said)
+    if by == "network" or card.exact is None:
+        return by_network(question, card, said)
+    found = by_rules(question, card, said)
+    if by == "exact" or found.answer is not None:
+        return found
+    other = by_network(question, card, said)
+    return other if other.answer is not None else replace(other, reason=f"exact back end: {found.reason}; network: {other.reason}")
 
 
 def check(question: str, card: Card, by: By) -> None:

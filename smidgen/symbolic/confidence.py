@@ -66,6 +66,8 @@ def platt(z: Float[np.ndarray, "n"], right: Bool[np.ndarray, "n"]) -> tuple[floa
 
 def threshold(score: Float[np.ndarray, "n"], right: Bool[np.ndarray, "n"], risk: float) -> float:
     """Least score from which on the answers' risk is within bounds."""
+    if not len(score):
+        return NEVER
     order = np.argsort(-score, kind="stable")
     n = np.arange(1, len(score) + 1)
     bound = wilson(np.cumsum(~right[order]), n)

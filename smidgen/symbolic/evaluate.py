@@ -10,6 +10,7 @@
 `--split ood` the calibration is that of dev questions still; that is the point.
 """
 
+import re
 import time
 from collections import Counter
 from dataclasses import KW_ONLY, dataclass, replace
@@ -29,6 +30,7 @@ from smidgen.symbolic.runtime import Exported, exported_file, open_exported
 from smidgen.symbolic.tasks import Batch, Examples, Task, open_task
 
 FAILED = 0.05  # errors from which a group is not solved
+DETAIL = re.compile(r"'.*?'|\d[\d.]*")  # of a reason, not its kind
 REASONS = 8  # not to answer, that are logged
 COUNT = 10_000  # questions, where none is given
 CHUNK = 500  # of them at once
@@ -92,7 +94,7 @@ def main(config: Config, run: Run) -> dict[str, Any]:
     best = solved["auto" if "auto" in solved else "network"]
     kept = zip(best[: config.examples], said, examples.targets, strict=False)
     run.save("examples.json", {"examples": [shown(card, *one) for one in kept]})
-    for reason, count in Counter(s.reason.split(":")[0] for s in best if s.answer is None).most_common(REASONS):
+    for reason, count in Counter(DETAIL.sub("…", s.reason) for s in best if s.answer is None).most_common(REASONS):
         run.log(reason=reason, count=count)
     return run.finish(
         accuracy=float(right.mean()),

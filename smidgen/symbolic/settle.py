@@ -43,7 +43,7 @@ class Trained:
     def many(self, batch: Batch) -> list[Said]:
         """Questions at once."""
         answers, found = predict(self.model, batch), actions(self.model, batch)
-        laid = [None] * len(batch) if found is None else [row[:n] for row, n in zip(found, batch.lengths.tolist(), strict=True)]
+        laid = [None] * len(batch) if found is None else [row[:n].copy() for row, n in zip(found, batch.lengths.tolist(), strict=True)]
         return [Said(*one) for one in zip(map(np.asarray, answers.symbols), answers.log_probability.tolist(), laid, strict=True)]
 
 
