@@ -2,5 +2,5 @@
 
 evidence.py     what methods look at and answer: method(Evidence) -> Scores
 valuation/      VALUATIONS: what an image is worth
-detectors/      wrong labels, duplicates, outsiders, bad pictures; find_wrong_labels joins them
+detectors/      wrong labels (Ensemble joins its members), duplicates, outsiders, bad pictures
 """
