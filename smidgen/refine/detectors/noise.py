@@ -1,0 +1,75 @@
+"""The true label as a hidden variable: what is P(true = j | picture, given label)?
+
+    Bekker and Goldberger, Training Deep Neural-Networks Based on Unreliable Labels, ICASSP 2016; EM as Dawid and Skene 1979
+
+    given i <- true j <- picture x          P(given i | x) = sum_j T_ij p_j(x)
+
+    E   q_nj = T_{y_n j} p_j(x_n) / sum_k T_{y_n k} p_k(x_n)          p(x_n) of heads that did not see image n
+    M   T_ij = sum_{n: y_n = i} q_nj / sum_n q_nj;   the heads are trained again, on q instead of y
+
+It begins with T of the confident joint (mislabeled.py). 1 - q_y is the probability that the label is wrong, argmax q the label proposed,
+its q the confidence. Where the labels are right T is the identity, and nothing is proposed. What confident learning does not have: heads that
+no longer learn the wrong labels, and a prior for which confusions are usual.
+
+A few rounds only: q teaches the heads that make q, so that errors shared by all of a cluster would in the end be believed.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from smidgen.refine.detectors.mislabeled import confident_joint, flipping
+from smidgen.refine.evidence import Evidence, Need, Scores
+from smidgen.refine.heads import Folds, best_decay, compressed, fold_probabilities
+
+PRIOR = 1e-4  # least of T: no confusion is impossible
+
+
+@dataclass(frozen=True)
+class HiddenLabel:
+    """Out-of-fold heads and a table of confusions, taught by each other."""
+
+    rounds: int = 4
+    folds: Folds = Folds()
+    needs: ClassVar[tuple[Need, ...]] = ()
+
+    def __call__(self, evidence: Evidence) -> Scores:
+        """Probability that the given label is right, its own score."""
+        right = self.posterior(evidence).gather(1, evidence.y[:, None])[:, 0]
+        return Scores(right, right)
+
+    def posterior(self, evidence: Evidence) -> Float[Tensor, "n classes"]:
+        """q."""
+        x = compressed(evidence.x)
+        targets = F.one_hot(evidence.y, evidence.classes).to(x.dtype)
+        decay = best_decay(x, targets, evidence, self.folds)
+        p = fold_probabilities(x, targets, evidence, decay, self.folds)
+        t = flipping(confident_joint(p, evidence.y))
+        q = explained(p, evidence.y, t)
+        for _ in range(self.rounds):
+            p = fold_probabilities(x, q, evidence, decay, self.folds)
+            q = explained(p, evidence.y, t)
+            t = confusions(q, evidence.y)
+        return q
+
+
+def explained(
+    p: Float[Tensor, "n classes"], y: Int[Tensor, "n"], t: Float[Tensor, "classes classes"]
+) -> Float[Tensor, "n classes"]:
+    """The E step.
+
+    >>> t = torch.tensor([[0.9, 0.5], [0.1, 0.5]])  # of class 1 a half is called 0
+    >>> explained(torch.tensor([[0.5, 0.5]]), torch.tensor([0]), t)
+    tensor([[0.6429, 0.3571]])
+    """
+    joint = p * t.clamp(min=PRIOR)[y]
+    return joint / joint.sum(1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
+
+
+def confusions(q: Float[Tensor, "n classes"], y: Int[Tensor, "n"]) -> Float[Tensor, "classes classes"]:
+    """The M step of T: P(given i | true j), columns summing to 1."""
+    return flipping(q.new_zeros(q.shape[1], q.shape[1]).index_add_(0, y, q))
