@@ -31,9 +31,20 @@ from smidgen.run import PARTIAL, Run
 
 SMALL = 128  # longer side of small copies
 LEAST = 5  # images of a class, below which nothing can be said of it
-FINDINGS, AUGMENTED = "findings.csv", "augmented.csv"
-KNOWN = {"config.yaml", "environment.json", "steps.jsonl", "metrics.json", "log.txt", "report.html", "decisions.json", FINDINGS, AUGMENTED}
-SAVED = {".jpg": {"quality": 95}, ".jpeg": {"quality": 95}, ".webp": {"quality": 95}}  # others become png
+FINDINGS, AUGMENTED, PICTURES = "findings.csv", "augmented.csv", "decisions.json"
+KNOWN = {
+    "config.yaml",
+    "environment.json",
+    "steps.jsonl",
+    "metrics.json",
+    "log.txt",
+    "report.html",
+    "review.jsonl",
+    PICTURES,
+    FINDINGS,
+    AUGMENTED,
+}
+LOSSY, QUALITY = {".jpg", ".jpeg", ".webp"}, 95  # of new images; others become png
 
 Verdict = Literal["keep", "relabel", "drop", "duplicate", "outlier"]
 
@@ -130,7 +141,9 @@ def read(source: str | Path, split: str | None, size: int, run: Run) -> Source:
     if source.suffix == ".npz" and source.is_file():
         stored = load(source, split)
         names = tuple(f"{source.name}[{i}]" for i in range(len(stored.labels)))
-        return gathered(str(source), [shrunk(picture(p), size) for p in stored.pixels.numpy()], stored.labels, stored.classes, names, stored=stored)
+        return gathered(
+            str(source), [shrunk(picture(p), size) for p in stored.pixels.numpy()], stored.labels, stored.classes, names, stored=stored
+        )
     found = files(source, split)
     root = source if source.is_dir() else source.parent
     listed = [(label, path) for label, of_class in enumerate(found.values()) for path in of_class]
@@ -182,11 +195,13 @@ def pixels(image: Image.Image, channels: int) -> UInt8[np.ndarray, "height width
 
 def check_classes(name: str, labels: torch.Tensor, classes: tuple[str, ...]) -> None:
     """Refuses sets that cannot be judged, and names that cannot be folders."""
-    if len(classes) < 2:
-        raise UserError(f"{name}: holds one class, {classes[0]!r}; labels can be judged only against another one, add it")
+    if len(classes) == 1:
+        raise UserError(f"{name}: holds one class, {classes[-1]!r}; labels can be judged only against another one, add it")
     for label, count in zip(classes, torch.bincount(labels, minlength=len(classes)).tolist(), strict=True):
         if count < LEAST:
-            raise UserError(f"{name}: class {label!r} has {count} images that can be read, {LEAST} or more are needed; add some or remove it")
+            raise UserError(
+                f"{name}: class {label!r} has {count} images that can be read, {LEAST} or more are needed; add some or remove it"
+            )
         if label != label.strip() or set(label) & set("/\\\0") or label.startswith(".") or label.endswith(PARTIAL) or label in KNOWN:
             raise UserError(f"{name}: class {label!r} cannot be the name of a folder in the output; rename it")
 
@@ -217,10 +232,10 @@ def write_images(source: Source, kept: Mapping[int, int], copies: Sequence[Copy]
     lines = []
     for copy in run.track(sorted(copies, key=lambda c: c.row), "writing new images", max(1, len(copies))):
         stem, suffix = file_name(source, copy.row)
-        suffix = suffix if suffix.lower() in SAVED else ".png"
+        suffix = suffix if suffix.lower() in LOSSY else ".png"
         name = unused(f"{stem}~1", suffix, taken[copy.label])
         label = source.classes[copy.label]
-        copy.transform(source.original(copy.row)).save(partial / label / name, **SAVED.get(suffix.lower(), {}))
+        copy.transform(source.original(copy.row)).save(partial / label / name, quality=QUALITY)
         lines.append([f"{label}/{name}", source.names[copy.row], label, str(copy.transform), copy.transform.seed])
     write_csv(run.folder / AUGMENTED, ["path", "source", "label", "transform", "seed"], lines)
     for label in source.classes:

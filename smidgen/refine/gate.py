@@ -6,7 +6,7 @@ The same small network (classifier.py) is trained on both, S times, and asked ab
     d[s, j]     r_after[s, j] - r_before[s, j]
 
     gain        g = mean of d
-    error       e^2 = var_j(mean_s d) / m + var_s(mean_j d) / S       images and seeds are both samples; what is drawn twice is counted twice,
+    error       e^2 = var_j(mean_s d) / m + var_s(mean_j d) / S       images and seeds are both samples; some is counted twice,
                                                                       so e is rather too large
     interval    g -+ 1.96 e
     kept        g > e; else the stage is undone

@@ -1,7 +1,7 @@
 """Transforms of images, by Pillow: what `smidgen refine` may make new images by, if the data says that labels survive it (notes 5.1).
 
-An operator is applied at a strength; strength 0 is the image itself, to the bit. Lengths are shares of the image's sides, so that a photo and
-its small copy are changed alike. Where a transform uncovers the ground below, the ground has the colour of the image's border.
+An operator is applied at a strength; strength 0 is the image itself, to the bit. Lengths are shares of the image's sides, so that a photo
+and its small copy are changed alike. Where a transform uncovers the ground below, that has the colour of the image's border.
 
     rotate          degrees, either way             brightness, contrast   factor 1 + strength, either way
     shear_x, _y     shift per length, either way    sharpen, blur          unsharp mask; radius as a share of the longer side
@@ -155,7 +155,8 @@ def tighten(image: Image.Image, strength: float, _: np.random.Generator) -> Imag
 def ink(image: Image.Image) -> tuple[int, int, int, int] | None:
     """The box of what differs from the border; none of an empty image."""
     ground = Image.new(image.mode, image.size, border(image))
-    return ImageChops.difference(image, ground).convert("L").point(lambda v: 255 * (v > INK)).getbbox()
+    difference = np.asarray(ImageChops.difference(image, ground).convert("L"))
+    return Image.fromarray(difference > INK).getbbox()
 
 
 # --- what pixels are -------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from starlette.responses import Response
 
 PAGE = Path(__file__).parent.parent / "templates" / "review.html"
-Decision = Literal["keep", "relabel", "drop"]
+REVIEW = "review.jsonl"
 HOST = "127.0.0.1"
 
 
@@ -49,15 +49,26 @@ class Item:
         return Item(finding.path, finding.verdict, finding.label, finding.proposed, finding.reason, score)
 
 
+@dataclass(frozen=True)
+class Answer:
+    """A person's decision."""
+
+    path: str
+    decision: Literal["keep", "relabel", "drop"]
+    label: str
+    "Of relabel."
+
+
 class Decisions:
     """What was decided, kept in a file line by line."""
 
     def __init__(self, file: Path, items: Sequence[Item], classes: Sequence[str]) -> None:
         self.file, self.items, self.classes = file, tuple(items), tuple(classes)
         self.known = {item.path for item in items}
-        self.made: dict[str, dict[str, str]] = {}
+        self.made: dict[str, Answer] = {}
         self.lock = threading.Lock()
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines() if file.exists() else (), start=1):
+        lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []  # a last line cut short was never confirmed
+        for number, line in enumerate(lines, start=1):
             try:
                 self._take(json.loads(line))
             except (ValueError, UserError) as error:
@@ -66,24 +77,24 @@ class Decisions:
     def add(self, row: Any) -> None:
         """Checks a decision, writes it down, and then takes it."""
         with self.lock:
-            self._take(row, write=True)
+            line = json.dumps(self._take(row))
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a", encoding="utf-8") as lines:
+                lines.write(line + "\n")
 
-    def _take(self, row: Any, write: bool = False) -> None:
+    def _take(self, row: Any) -> dict[str, str | None]:
         if not isinstance(row, dict) or row.get("path") not in self.known:
             raise UserError("a decision is about one of the images shown")
-        decision, label = row.get("decision"), row.get("label", "")
+        path, decision, label = row["path"], row.get("decision"), row.get("label", "")
         if decision not in ("keep", "relabel", "drop", None):
             raise UserError(f"a decision is keep, relabel or drop, not {decision!r}")
         if decision == "relabel" and label not in self.classes:
             raise UserError(f"there is no class {label!r}")
-        kept = {"path": row["path"], "decision": decision, "label": label if decision == "relabel" else ""}
-        if write:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            with self.file.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(kept) + "\n")
-        self.made.pop(row["path"], None)
+        label = label if decision == "relabel" else ""
+        self.made.pop(path, None)
         if decision is not None:
-            self.made[row["path"]] = kept
+            self.made[path] = Answer(path, decision, label)
+        return {"path": path, "decision": decision, "label": label}
 
 
 def application(decisions: Decisions, picture: Callable[[str], Image.Image], finish: Callable[[], None] = lambda: None) -> "Starlette":
@@ -99,7 +110,8 @@ def application(decisions: Decisions, picture: Callable[[str], Image.Image], fin
         return HTMLResponse(PAGE.read_text(encoding="utf-8"))
 
     async def state(_: "Request") -> "Response":
-        items = [asdict(item) | {"decided": decisions.made.get(item.path)} for item in decisions.items]
+        made = {path: asdict(answer) for path, answer in decisions.made.items()}
+        items = [asdict(item) | {"decided": made.get(item.path)} for item in decisions.items]
         return JSONResponse({"classes": decisions.classes, "items": items})
 
     async def image(request: "Request") -> "Response":
@@ -143,7 +155,7 @@ def encoded(picture: Callable[[str], Image.Image], path: str) -> bytes:
     return out.getvalue()
 
 
-def serve(decisions: Decisions, picture: Callable[[str], Image.Image], say: Callable[[str], None], port: int = 0) -> dict[str, dict[str, str]]:
+def serve(decisions: Decisions, picture: Callable[[str], Image.Image], say: Callable[[str], None], port: int = 0) -> dict[str, Answer]:
     """Serves the page until the person is done; what they decided, by path. Port 0: any free one."""
     import socket
 
@@ -154,13 +166,17 @@ def serve(decisions: Decisions, picture: Callable[[str], Image.Image], say: Call
         try:
             listening.bind((HOST, port))
         except OSError as error:
-            raise UserError(f"--review-port {port}: cannot be served on ({error.strerror}); choose another, or 0 for any free one") from error
+            raise UserError(
+                f"--review-port {port}: cannot be served on ({error.strerror}); choose another, or 0 for any free one"
+            ) from error
         server = uvicorn.Server(uvicorn.Config(application(decisions, picture, lambda: stop()), log_level="error", lifespan="off"))
 
         def stop() -> None:
             server.should_exit = True
 
-        say(f"{len(decisions.items)} images to look at: http://{HOST}:{listening.getsockname()[1]}  (decisions are kept; finish on the page)")
+        say(
+            f"{len(decisions.items)} images to look at: http://{HOST}:{listening.getsockname()[1]}"
+        )
         server.run(sockets=[listening])
     return decisions.made
 
