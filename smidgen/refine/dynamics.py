@@ -1,7 +1,7 @@
 """How logits of the training images move while a linear head is trained on them: what AUM, forgetting and EL2N look at.
 
-Plain stochastic gradient descent with momentum, several heads side by side, each with an order and, perhaps, labels of its own. Not `fit`, whose
-AdamW trains one model: these values were defined on SGD, and a head is too small for a loop of its own each.
+Plain stochastic gradient descent with momentum, several heads side by side, each with an order and, perhaps, labels of its own. Not `fit`,
+whose AdamW trains one model: these values were defined on SGD, and a head is too small for a loop of its own each.
 """
 
 from collections.abc import Iterator

@@ -3,10 +3,11 @@
     minimise over W:   sum_i w_i CE(t_i, softmax(W' x_i)) / sum_i w_i  +  decay / 2 ||W||^2
 
 A subset of the data, a bootstrap, the training side of a fold: each is a column w of row weights, and all columns are trained together, so
-that every step is two large matrix products however many heads there are. This is what makes bagging and retraining affordable on two cores.
+that every step is two large matrix products however many heads there are. This is what makes bagging and retraining affordable on two
+cores.
 
-Steps are Boehning's (1992), accelerated (Nesterov, restarted as O'Donoghue and Candes 2015): the Hessian of a head is at most
-A = 1/2 sum_i w_i x_i x_i' / sum_i w_i + decay, whatever W is. So A is factored once, no step size has to be chosen, and a step never overshoots.
+Steps are Boehning's (1992), accelerated (Nesterov, restarted as O'Donoghue and Candes 2015): the Hessian of a head is at most A = 1/2 sum_i
+w_i x_i x_i' / sum_i w_i + decay, whatever W is. So A is factored once, no step size has to be chosen, and a step never overshoots.
 """
 
 from collections.abc import Iterator

@@ -1,7 +1,7 @@
 """How many are bad, and where to cut: thresholds by fitted mixtures instead of by a magic number.
 
-`Mixture` fits two normal distributions to one number per image (EM); it is for values whose scale nobody knows, like Shapley values, of which
-zero is no clean cut. Where one distribution describes them as well (BIC), there is nothing to cut off.
+`Mixture` fits two normal distributions to one number per image (EM); it is for values whose scale nobody knows, like Shapley values, of
+which zero is no clean cut. Where one distribution describes them as well (BIC), there is nothing to cut off.
 
 `planted_share` uses examples of what is looked for (Blanchard, Lee and Scott, Semi-Supervised Novelty Detection, JMLR 2010):
 

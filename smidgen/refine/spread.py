@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -28,7 +28,7 @@ def spread(work: Callable[[int], T], items: Sequence[int], processes: int = 1) -
         from joblib import Parallel, delayed
     except ModuleNotFoundError as error:
         raise UserError("several processes need the package joblib: pip install joblib, or use torchrun") from error
-    shares = Parallel(n_jobs=processes)(delayed(_share)(work, items[r::processes], 1) for r in range(processes))
+    shares: Any = Parallel(n_jobs=processes)(delayed(_share)(work, items[r::processes], 1) for r in range(processes))
     return _woven(list(shares), len(items))
 
 

@@ -1,13 +1,14 @@
 """Pictures that are there twice: the same bytes, the same picture saved again, or the same picture moved a little.
 
     exact        equal size and pixels
-    perceptual   64 bits of the low frequencies (pHash: 32 x 32, cosine transform, the 8 x 8 lowest against their median) differ in at most 6,
-                 and the two 32 x 32 pictures correlate; sparse drawings share their bits with strangers, so the bits alone prove nothing
+    perceptual   64 bits of the low frequencies (pHash: 32 x 32, cosine transform, the 8 x 8 lowest against their median) differ in 6 at most,
+                 and the two 32 x 32 pictures correlate; sparse drawings share their bits with strangers, so bits alone prove nothing
     embedding    much nearer to each other than images of this set usually are to their nearest, and correlated after a small shift
 
-Two pictures correlate if their grey values do (.98), and their edges too (.8): photographs with one smooth background agree in the first alone.
-Groups are what pairs connect. A group with images on both sides, training and validation, is a leak: validation would praise what was learnt by
-heart. Leaks come first, and lose their training side. Where labels differ a person has to look; else one image is kept, that of the best label.
+Two pictures correlate if their grey values do (.98), and their edges too (.8): photographs with one smooth background agree in the first
+alone. Groups are what pairs connect. A group with images on both sides, training and validation, is a leak: validation would praise what
+was learnt by heart. Leaks come first, and lose their training side. Where labels differ a person has to look; else one image is kept, that
+of the best label.
 """
 
 import hashlib
@@ -64,8 +65,8 @@ def find_duplicates(
 ) -> list[Group]:
     """Groups of duplicates, leaks first, then by their first image.
 
-    `pixels` are the images brought to one size; `digests` those of the originals, else of `pixels`; `x` their embeddings, without which the third
-    kind is not looked for; `validation` marks that side; of a group the image of highest `quality` is kept, else the first.
+    `pixels` are the images brought to one size; `digests` those of the originals, else of `pixels`; `x` their embeddings, without which the
+    third kind is not looked for; `validation` marks that side; of a group the image of highest `quality` is kept, else the first.
     """
     keys = [digest(p) for p in pixels.cpu().numpy()] if digests is None else digests
     if len(keys) != len(pixels):

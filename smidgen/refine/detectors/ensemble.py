@@ -6,9 +6,9 @@
         calls a label bad never speaks for it
     4   the same regression is applied to 1
 
-Among the "others" of 3 there are the set's own errors. That lowers the probability of being planted but keeps its order, as long as planted errors
-look like the set's own; this is learning from positive and unlabelled examples (Elkan and Noto, KDD 2008). With r(s) the regression's ratio of
-densities, planted over others, and `share` the part of the set that is wrong (proportions.planted_share)
+Among the "others" of 3 there are the set's own errors. That lowers the probability of being planted but keeps its order, as long as planted
+errors look like the set's own; this is learning from positive and unlabelled examples (Elkan and Noto, KDD 2008). With r(s) the
+regression's ratio of densities, planted over others, and `share` the part of the set that is wrong (proportions.planted_share)
 
     P(wrong | s) = share * r(s)
 
@@ -85,7 +85,7 @@ class Ensemble:
         share = planted_share(-log_odds, seen[planted] @ weights)
         prior = float(planted.double().mean())
         ratio = torch.exp((log_odds + bias).clamp(max=50)) * (1 - prior) / prior
-        wrong = (share * ratio).clamp(max=1 - 1 / n) 
+        wrong = (share * ratio).clamp(max=1 - 1 / n)
         other = q.scatter(1, y[:, None], 0)
         confidence, proposed = (other / other.sum(1, keepdim=True).clamp(min=1e-12)).max(1)
         named = dict(zip(scores, weights.tolist(), strict=True))

@@ -9,12 +9,12 @@ silently. Label quality, in [0, 1], low is suspicious:
     normalised margin    (p_i,y_i - max_{k != y_i} p_i,k + 1) / 2
     weighted entropy     (ln C)-normalised entropy of p_i over p_i,y_i, brought to [0, 1]
 
-Confident learning: t_k is the mean of p_k over images given k. An image is confidently of the likeliest class among {k : p_k >= t_k}; if there is
-none it is not counted. C[given][guess] counts; calibrated to the counts of given labels and divided by n it estimates Q, the joint distribution
-of given and true labels; 1 - trace Q is the share of wrong labels.
+Confident learning: t_k is the mean of p_k over images given k. An image is confidently of the likeliest class among {k : p_k >= t_k}; if
+there is none it is not counted. C[given][guess] counts; calibrated to the counts of given labels and divided by n it estimates Q, the joint
+distribution of given and true labels; 1 - trace Q is the share of wrong labels.
 
-Not cleanlab's code, whose guess is the argmax over all classes wherever several pass: it can be a class below its own threshold. The paper's is
-among the classes that passed. Nor is a dependency needed for a page of counting; tests compare the two.
+Not cleanlab's code, whose guess is the argmax over all classes wherever several pass: it can be a class below its own threshold. The
+paper's is among the classes that passed. Nor is a dependency needed for a page of counting; tests compare the two.
 """
 
 from dataclasses import dataclass

@@ -8,8 +8,8 @@
     M   T_ij = sum_{n: y_n = i} q_nj / sum_n q_nj;   the heads are trained again, on q instead of y
 
 It begins with T of the confident joint (mislabeled.py). 1 - q_y is the probability that the label is wrong, argmax q the label proposed,
-its q the confidence. Where the labels are right T is the identity, and nothing is proposed. What confident learning does not have: heads that
-no longer learn the wrong labels, and a prior for which confusions are usual.
+its q the confidence. Where the labels are right T is the identity, and nothing is proposed. What confident learning does not have: heads
+that no longer learn the wrong labels, and a prior for which confusions are usual.
 
 A few rounds only: q teaches the heads that make q, so that errors shared by all of a cluster would in the end be believed.
 """
@@ -57,9 +57,7 @@ class HiddenLabel:
         return q
 
 
-def explained(
-    p: Float[Tensor, "n classes"], y: Int[Tensor, "n"], t: Float[Tensor, "classes classes"]
-) -> Float[Tensor, "n classes"]:
+def explained(p: Float[Tensor, "n classes"], y: Int[Tensor, "n"], t: Float[Tensor, "classes classes"]) -> Float[Tensor, "n classes"]:
     """The E step.
 
     >>> t = torch.tensor([[0.9, 0.5], [0.1, 0.5]])  # of class 1 a half is called 0

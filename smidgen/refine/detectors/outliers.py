@@ -1,8 +1,9 @@
 """Images unlike all others, whatever their label: pictures of something else.
 
 The value is minus the mean cosine distance d to the k nearest others; the score exp(-d / median d). Distances of a clean set are about
-log-normal, so an outsider is one whose log d lies further above the median than any of n normal numbers would be expected to: a cut that knows
-how many images there are, and takes none out of most sets without outsiders. The deviation is read off the quartiles, which outsiders leave alone.
+log-normal, so an outsider is one whose log d lies further above the median than any of n normal numbers would be expected to: a cut that
+knows how many images there are, and takes none out of most sets without outsiders. The deviation is read off the quartiles, which outsiders
+leave alone.
 """
 
 import math

@@ -4,8 +4,8 @@
     sharpness   deviation of the Laplacian over that of the grey values: little where edges are smeared
     ink         share of pixels far from the most usual grey: too little for a drawing, too much for a blot
 
-All numbers are compared with those of the same set, as a blurred picture among blurred ones is nothing odd: the score of a number is that of its
-robust distance from the median, 1 inside. Only pictures that are blank are flagged by an absolute limit.
+All numbers are compared with those of the same set, as a blurred picture among blurred ones is nothing odd: the score of a number is that
+of its robust distance from the median, 1 inside. Only pictures that are blank are flagged by an absolute limit.
 """
 
 from dataclasses import dataclass

@@ -2,9 +2,9 @@
 
     after Zhu, Dong and Liu, Detecting Corrupted Labels Without Training a Model to Predict (SimiFeat), ICML 2022, arXiv 2110.06283
 
-The share of the k nearest others (cosine) that have the given label, each weighted by exp((similarity - largest) / temperature); with the image's
-own duplicates left out, which would vouch for each other. Another kind of mistake than a linear head's: classes in many clusters, and
-images at the border of one.
+The share of the k nearest others (cosine) that have the given label, each weighted by exp((similarity - largest) / temperature); with the
+image's own duplicates left out, which would vouch for each other. Another kind of mistake than a linear head's: classes in many clusters,
+and images at the border of one.
 """
 
 from dataclasses import dataclass

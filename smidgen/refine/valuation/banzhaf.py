@@ -4,9 +4,9 @@
 
     phi_i = mean over all S without i of U(S + i) - U(S)
 
-by maximum sample reuse: draw every image with probability 1/2 and measure U, m times; phi_i is the mean U with i less the mean U without it.
-All m measurements serve all n images; the error is about sqrt(ln(n) / m). Of all semivalues its ranking bears the most noise in U. The values do
-not sum to U(all).
+by maximum sample reuse: draw every image with probability 1/2 and measure U, m times; phi_i is the mean U with i less the mean U without
+it. All m measurements serve all n images; the error is about sqrt(ln(n) / m). Of all semivalues its ranking bears the most noise in U. The
+values do not sum to U(all).
 """
 
 from dataclasses import dataclass

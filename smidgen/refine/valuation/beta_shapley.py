@@ -4,9 +4,9 @@
 
     phi_i = sum_r w_r sum over S without i, |S| = r, of U(S + i) - U(S),      w_r = B(r + beta, n - 1 - r + alpha) / B(alpha, beta)
 
-so that sum_r (n-1 choose r) w_r = 1; Beta(1, 1) is Shapley's value, Beta(16, 1) leans most on small subsets. Sampled like tmc_shapley.py: in
-a random order the set before i is uniform among those of its size r, and every size is met with probability 1/n, so the credit of place r
-counts n (n-1 choose r) w_r times. Orders are not followed further than the weights reach.
+so that sum_r (n-1 choose r) w_r = 1; Beta(1, 1) is Shapley's value, Beta(16, 1) leans most on small subsets. Sampled like tmc_shapley.py:
+in a random order the set before i is uniform among those of its size r, and every size is met with probability 1/n, so the credit of place
+r counts n (n-1 choose r) w_r times. Orders are not followed further than the weights reach.
 """
 
 from dataclasses import dataclass

@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from smidgen.errors import UserError
@@ -42,7 +42,11 @@ class DataOOB:
         counts = drawn(len(y), self.bags, evidence.seed).to(x.device)
         credit, outside = x.new_zeros(len(y)), (counts == 0).sum(1)
         for part, p in predictions(x, targets, counts.to(x.dtype), best_decay(x, targets, evidence), self.steps):
-            right = (p.argmax(-1) == y[:, None]).to(x.dtype) if self.credit == "correct" else p.gather(2, y[:, None, None].expand(-1, p.shape[1], 1))[..., 0]
+            right = (
+                (p.argmax(-1) == y[:, None]).to(x.dtype)
+                if self.credit == "correct"
+                else p.gather(2, y[:, None, None].expand(-1, p.shape[1], 1))[..., 0]
+            )
             credit += (right * (counts[:, part] == 0)).sum(1)
         value = torch.where(outside > 0, credit / outside.clamp(min=1), 0.5)
         return Scores(value, value)

@@ -7,7 +7,6 @@ Many subsets are asked for at once, because linear heads are trained at once (he
 
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor

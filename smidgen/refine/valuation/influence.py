@@ -4,10 +4,10 @@
 
     I(i, t) = - g_t' H^-1 g_i          g: gradient of an image's loss, H: Hessian of the mean training loss with its decay
 
-Removing image i raises the loss of t by -I(i, t) / n, to first order. For a linear softmax head on features h, with p its probabilities:
-g = h (p - onehot(y))', H = mean of hh' x (diag p - pp') + decay; small enough to solve exactly. The value is the mean over validation images
-of -I / n, what losing i would cost; without a validation set minus an image's influence on itself, -g_i' H^-1 g_i, which is large
-where only the image itself speaks for its label.
+Removing image i raises the loss of t by -I(i, t) / n, to first order. For a linear softmax head on features h, with p its probabilities: g
+= h (p - onehot(y))', H = mean of hh' x (diag p - pp') + decay; small enough to solve exactly. The value is the mean over validation images
+of -I / n, what losing i would cost; without a validation set minus an image's influence on itself, -g_i' H^-1 g_i, which is large where
+only the image itself speaks for its label.
 """
 
 from dataclasses import dataclass

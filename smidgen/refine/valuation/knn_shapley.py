@@ -78,7 +78,7 @@ class KNNShapley:
             distances = torch.addmm(lengths, x_val[rows], x.mT, alpha=-2)  # squared, less the constant |x_val|^2
             if own is not None:
                 distances.scatter_(1, own[rows, None], torch.inf)
-            order = distances.argsort(1, stable=True)
+            order = distances.argsort(dim=1, stable=True)
             order = order if own is None else order[:, :-1]  # its own place is the last
             s = self.game_values(y[order] == y_val[rows, None], classes)
             total.index_add_(0, order.flatten(), s.flatten())

@@ -52,9 +52,7 @@ class TMCShapley:
         value = self.values(game, len(evidence.y), tolerance, evidence.seed, evidence.y.device)
         return Scores(value, ranked(value))
 
-    def values(
-        self, utility: Utility, n: int, tolerance: float, seed: int = 0, device: torch.device | str = "cpu"
-    ) -> Float[Tensor, "n"]:
+    def values(self, utility: Utility, n: int, tolerance: float, seed: int = 0, device: torch.device | str = "cpu") -> Float[Tensor, "n"]:
         """phi of any game; `utility` is sent to other processes, if there are."""
         if self.permutations < 1 or self.every < 1:
             raise UserError(f"permutations and those between looks must be positive, got {self.permutations} and {self.every}")
