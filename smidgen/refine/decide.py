@@ -10,6 +10,7 @@
 Of no class fewer than LEAST stay. Same pictures under different labels are nobody's to decide but a person's: they are first in the review.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -29,6 +30,7 @@ Stage = Literal["value", "clean", "augment"]
 STAGES: tuple[Stage, ...] = ("value", "clean", "augment")
 RELABEL, DROP = 0.8, 0.5
 TRUSTED = 0.3  # P(wrong) below which an image is learnt from and copied
+PLANTED = 500  # images divided among plantings of wrong labels, at least; few images are planted in more often
 SHOWN = 0.2  # P(wrong) from which a person should look at an image that is kept
 
 
@@ -78,7 +80,7 @@ def score(evidence: Evidence, squares: Tensor, cache: Cache) -> dict[str, Tensor
     """Scores and flags by name; `squares` are the pictures."""
 
     def make() -> dict[str, Tensor]:
-        found = Ensemble()(evidence)
+        found = Ensemble(plantings=max(2, math.ceil(PLANTED / len(evidence.y))))(evidence)
         quality = picture_quality(squares)
         outliers = Outliers()
         scores = {**found.scores, "outlier": outliers(evidence).score, "picture": quality.score()}

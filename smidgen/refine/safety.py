@@ -55,14 +55,14 @@ def learn(judge: Judge, view: View, trusted: Sequence[Copy], classes: int, run: 
     known = accuracy >= KNOWN
     limits, maps = {}, {}
     for name in run.track(OPERATORS, "trying transforms", len(OPERATORS)):
-        strengths = np.array(OPERATORS[name].strengths)
+        strengths = OPERATORS[name].strengths
         tables = [shares(judge, view, tried, name, s, classes, seed) for s in strengths]
         keep = np.stack([np.diag(table) for table in tables])  # (strengths, classes)
         safe = np.logical_and.accumulate(keep >= accuracy - TOLERANCE) & known
-        limits[name] = tuple((strengths[:, None] * safe).max(0).tolist())
+        limits[name] = tuple((np.array(strengths)[:, None] * safe).max(0).tolist())
         if name in FLIPS:
             maps[name] = label_map(tables[0], accuracy, known & ~safe[0])
-        run.log(transform=name, keep=keep.round(4).tolist(), limit=limits[name], becomes=maps.get(name))
+        run.log(transform=name, keep=keep.round(4).tolist(), limit=limits[name], largest=max(strengths), becomes=maps.get(name))
     return Policy(limits, maps, accuracy)
 
 
