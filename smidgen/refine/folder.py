@@ -251,8 +251,9 @@ def file_name(source: Source, row: int) -> tuple[str, str]:
 
 def unused(stem: str, suffix: str, taken: set[str]) -> str:
     """A name no other file of the class has, on any file system: a.png, a~2.png, ...; adds it to those taken."""
-    base, _, first = stem.rpartition("~") if stem.rpartition("~")[2].isdigit() else (stem, "", "1")
-    number, name = int(first), f"{stem}{suffix}"
+    before, tilde, after = stem.rpartition("~")
+    base, number = (before, int(after)) if tilde and after.isdecimal() else (stem, 1)
+    name = f"{stem}{suffix}"
     while name.casefold() in taken:
         number += 1
         name = f"{base}~{number}{suffix}"
