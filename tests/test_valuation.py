@@ -1,4 +1,4 @@
-"""Values of images: brute force over all subsets in exact fractions, the axioms, closed cases of the notes, reductions, and who must win."""
+"""Values of images: brute force over all subsets in exact fractions, axioms, closed cases, reductions, and who must win."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ import smidgen
 from smidgen.errors import UserError
 from smidgen.refine.dynamics import epochs, margins
 from smidgen.refine.evidence import Evidence, ranked
-from smidgen.refine.heads import Compression, Folds, assigned, best_decay, compressed, out_of_fold, predictions, train
+from smidgen.refine.heads import Compression, Heads, folds, predictions
 from smidgen.refine.valuation import (
     AUM,
     EL2N,
@@ -282,6 +282,14 @@ def test_torchrun_gives_what_one_process_gives(tmp_path):
     assert [(tmp_path / f"value-{r}").read_text() for r in range(2)] == [wanted, wanted]
 
 
+def compressed(x):
+    return Compression(x)(x)
+
+
+def train(x, targets, weights, decay, steps=50):
+    return Heads(x, weights, decay).fit(targets, steps).w
+
+
 # --- heads -----------------------------------------------------------------------------------------------------------
 
 
@@ -325,17 +333,18 @@ def test_folds_are_stratified_and_keep_duplicates_together():
     x, y, _ = blobs(90)
     groups = torch.arange(90)
     groups[60:] = torch.arange(30)
-    evidence = Evidence(x, y, 3, groups=groups)
-    fold = assigned(Evidence(x, y, 3), 5, 0)
-    assert all(torch.equal(fold[y == c].bincount(), torch.full((5,), 6)) for c in range(3))
-    fold = assigned(evidence, 5, 0)
-    assert torch.equal(fold[60:], fold[:30])
+    inside = folds(y, 5, 2)
+    assert inside.shape == (90, 10) and not torch.equal(inside[:, :5], inside[:, 5:])
+    assert all(((~inside[y == c]).sum(0) == 6).all() for c in range(3)) and bool(((~inside).sum(1) == 2).all())
+    grouped = folds(y, 5, groups=groups)
+    assert torch.equal(grouped[60:], grouped[:30])
+    assert torch.equal(Evidence(x, y, 3, groups=groups).inside[:, :5], grouped)
 
 
 def test_out_of_fold_probabilities_do_not_know_the_label():
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(100, 30, generator=generator), torch.randint(2, (100,), generator=generator)
-    p = out_of_fold(Evidence(x, y, 2), Folds(repeats=1))
+    p = Evidence(x, y, 2).out_of_fold
     assert torch.allclose(p.sum(1), torch.ones(100), atol=1e-5)
     assert float((p.argmax(1) == y).float().mean()) < 0.62  # in sample a head with 30 features knows more than 0.65
     inside = next(predictions(compressed(x), F.one_hot(y, 2).float(), torch.ones(100, 1), 1e-4))[1][:, 0]
@@ -351,8 +360,9 @@ def test_the_mean_of_data_oob_is_the_out_of_bag_score():
     found = DataOOB(50)(evidence)
     counts = drawn(60, 50, 0)
     small, targets = compressed(x), F.one_hot(y, 3).float()
-    decay = best_decay(small, targets, evidence)
-    right = torch.stack([(small @ train(small, targets, counts[:, b : b + 1].float(), decay, 30)[0]).argmax(1) == y for b in range(50)], 1)
+    right = torch.stack(
+        [(small @ train(small, targets, counts[:, b : b + 1].float(), evidence.decay, 20)[0]).argmax(1) == y for b in range(50)], 1
+    )
     outside = counts == 0
     assert torch.allclose(found.value, ((right & outside).sum(1) / outside.sum(1)).float())
     assert abs(float(outside.float().mean()) - (1 - 1 / 60) ** 60) < 0.02

@@ -11,7 +11,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from smidgen.refine.evidence import Evidence
-from smidgen.refine.heads import compressed
 
 EPOCHS = 30
 BATCH = 64
@@ -22,7 +21,7 @@ MOMENTUM = 0.9
 def epochs(
     x: Float[Tensor, "n k"], y: Int[Tensor, "heads n"], classes: int, count: int = EPOCHS, seed: int = 0
 ) -> Iterator[Float[Tensor, "heads n classes"]]:
-    """Logits of all images after every epoch; `x` as heads.compressed makes it, a row of labels per head."""
+    """Logits of all images after every epoch; `x` as a Compression makes it, a row of labels per head."""
     heads, n = y.shape
     batch = min(BATCH, n)
     generator = torch.Generator().manual_seed(seed)
@@ -42,8 +41,7 @@ def dynamics_of(evidence: Evidence) -> Float[Tensor, "epochs n classes"]:
     """Those given, or those of one linear head."""
     if evidence.dynamics is not None:
         return evidence.dynamics
-    x = compressed(evidence.x)
-    return torch.cat(list(epochs(x, evidence.y[None], evidence.classes, seed=evidence.seed)))
+    return torch.cat(list(epochs(evidence.components, evidence.y[None], evidence.classes, seed=evidence.seed)))
 
 
 def margins(logits: Float[Tensor, "*shape classes"], y: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

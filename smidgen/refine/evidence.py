@@ -8,20 +8,24 @@ y. Duplicates share a number in `groups`: a fold never holds one and trains on t
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import ClassVar, Literal, Protocol
 
 import torch
-from jaxtyping import Float, Int
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from smidgen.errors import UserError
+from smidgen.refine.heads import STEPS, Compression, FoldHeads, best_decay, folds
 
 Need = Literal["validation", "probabilities", "dynamics"]
+FOLDS, REPEATS = 5, 3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Evidence:
-    """All on one device."""
+    """All on one device. What several methods make of it is made once: components, decay, heads of the folds."""
 
     x: Float[Tensor, "n d"] = field(repr=False)
     y: Int[Tensor, "n"] = field(repr=False)
@@ -47,6 +51,35 @@ class Evidence:
         for name, given in (("probabilities", self.probabilities), ("dynamics", self.dynamics)):
             if given is not None and not torch.isfinite(given).all():
                 raise UserError(f"{name} hold NaN or infinite values")
+
+    @cached_property
+    def components(self) -> Float[Tensor, "n k"]:
+        """The principal ones of x, as heads read them."""
+        return Compression(self.x)(self.x)
+
+    @cached_property
+    def targets(self) -> Float[Tensor, "n classes"]:
+        """One-hot labels."""
+        return F.one_hot(self.y, self.classes).to(self.components.dtype)
+
+    @cached_property
+    def inside(self) -> Bool[Tensor, "n heads"]:
+        """What each of the heads of the folds trains on, repeat by repeat."""
+        return folds(self.y, FOLDS, REPEATS, self.seed, self.groups)
+
+    @cached_property
+    def decay(self) -> float:
+        """Of linear heads: the one with the least out-of-fold loss."""
+        return best_decay(self.components, self.targets, self.inside[:, :FOLDS])
+
+    def fold_heads(self) -> FoldHeads:
+        """New ones, not trained."""
+        return FoldHeads(self.components, self.inside, self.decay, self.classes)
+
+    @cached_property
+    def out_of_fold(self) -> Float[Tensor, "n classes"]:
+        """Probabilities given, or those of linear heads that saw neither the image nor its duplicates (notes 4.1)."""
+        return self.fold_heads()(self.targets, 2 * STEPS) if self.probabilities is None else self.probabilities
 
 
 @dataclass(frozen=True)

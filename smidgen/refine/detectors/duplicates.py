@@ -1,8 +1,8 @@
 """Pictures that are there twice: the same bytes, the same picture saved again, or the same picture moved a little.
 
     exact        equal size and pixels
-    perceptual   64 bits of the low frequencies (pHash: 32 x 32, cosine transform, the 8 x 8 lowest against their median) differ in 6 at most,
-                 and the two 32 x 32 pictures correlate; sparse drawings share their bits with strangers, so bits alone prove nothing
+    perceptual   64 bits of the low frequencies (pHash: 32 x 32, cosine transform, the 8 x 8 lowest against their median) differ in 6
+                 at most, and the two 32 x 32 pictures correlate; sparse drawings share bits with strangers, so these prove nothing alone
     embedding    much nearer to each other than images of this set usually are to their nearest, and correlated after a small shift
 
 Two pictures correlate if their grey values do (.98), and their edges too (.8): photographs with one smooth background agree in the first

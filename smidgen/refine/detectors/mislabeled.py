@@ -25,7 +25,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from smidgen.refine.evidence import Evidence, Need, Scores
-from smidgen.refine.heads import out_of_fold
 
 TOLERANCE = 1e-6  # of passing a threshold
 Quality = Literal["self-confidence", "normalised-margin", "weighted-entropy"]
@@ -41,13 +40,8 @@ class LabelQuality:
 
     def __call__(self, evidence: Evidence) -> Scores:
         """Quality, its own score."""
-        quality = label_quality(probabilities_of(evidence), evidence.y, self.kind)
+        quality = label_quality(evidence.out_of_fold, evidence.y, self.kind)
         return Scores(quality, quality)
-
-
-def probabilities_of(evidence: Evidence) -> Float[Tensor, "n classes"]:
-    """Those given, or those of linear heads."""
-    return out_of_fold(evidence) if evidence.probabilities is None else evidence.probabilities
 
 
 def label_quality(p: Float[Tensor, "n classes"], y: Int[Tensor, "n"], kind: Quality = "self-confidence") -> Float[Tensor, "n"]:

@@ -11,20 +11,19 @@ It begins with T of the confident joint (mislabeled.py). 1 - q_y is the probabil
 its q the confidence. Where the labels are right T is the identity, and nothing is proposed. What confident learning does not have: heads
 that no longer learn the wrong labels, and a prior for which confusions are usual.
 
-A few rounds only: q teaches the heads that make q, so that errors shared by all of a cluster would in the end be believed.
+Probabilities that were given stay as they are; T alone is learned then. A few rounds only: q teaches the heads that make q, so that errors
+shared by all of a cluster would in the end be believed.
 """
 
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from smidgen.refine.detectors.mislabeled import confident_joint, flipping
 from smidgen.refine.evidence import Evidence, Need, Scores
-from smidgen.refine.heads import Folds, best_decay, compressed, fold_probabilities
 
 PRIOR = 1e-4  # least of T: no confusion is impossible
 
@@ -34,7 +33,6 @@ class HiddenLabel:
     """Out-of-fold heads and a table of confusions, taught by each other."""
 
     rounds: int = 4
-    folds: Folds = Folds()
     needs: ClassVar[tuple[Need, ...]] = ()
 
     def __call__(self, evidence: Evidence) -> Scores:
@@ -44,14 +42,12 @@ class HiddenLabel:
 
     def posterior(self, evidence: Evidence) -> Float[Tensor, "n classes"]:
         """q."""
-        x = compressed(evidence.x)
-        targets = F.one_hot(evidence.y, evidence.classes).to(x.dtype)
-        decay = best_decay(x, targets, evidence, self.folds)
-        p = fold_probabilities(x, targets, evidence, decay, self.folds)
+        p = evidence.out_of_fold
         t = flipping(confident_joint(p, evidence.y))
         q = explained(p, evidence.y, t)
+        heads = None if evidence.probabilities is not None else evidence.fold_heads()
         for _ in range(self.rounds):
-            p = fold_probabilities(x, q, evidence, decay, self.folds)
+            p = p if heads is None else heads(q)
             q = explained(p, evidence.y, t)
             t = confusions(q, evidence.y)
         return q

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from smidgen.refine.dynamics import EPOCHS, dynamics_of, epochs, margins
 from smidgen.refine.evidence import Evidence, Need, Scores, ranked
-from smidgen.refine.heads import compressed
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class AUM:
 
     def suspects(self, evidence: Evidence) -> Bool[Tensor, "n"]:
         """Images below the threshold that a false class sets, by two trainings of linear heads."""
-        x, y, n, false = compressed(evidence.x), evidence.y, len(evidence.y), evidence.classes
+        x, y, n, false = evidence.components, evidence.y, len(evidence.y), evidence.classes
         order = torch.randperm(n, generator=torch.Generator().manual_seed(evidence.seed)).to(y.device)
         sets = order[: 2 * (n // (false + 1))].view(2, -1)
         labels = y.repeat(2, 1).scatter_(1, sets, false)

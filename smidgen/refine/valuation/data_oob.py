@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
 
 from smidgen.errors import UserError
 from smidgen.refine.evidence import Evidence, Need, Scores
-from smidgen.refine.heads import best_decay, compressed, predictions
+from smidgen.refine.heads import predictions
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class DataOOB:
     bags: int = 200
     credit: Literal["correct", "probability"] = "correct"
     "T: 1 where the head's class is the given one, or the probability it gives that class."
-    steps: int = 30
+    steps: int = 20
     "Of a head's training."
     needs: ClassVar[tuple[Need, ...]] = ()
 
@@ -37,11 +36,10 @@ class DataOOB:
         """psi, in [0, 1] by itself; 0.5 for an image that was in every bag."""
         if self.bags < 1:
             raise UserError(f"out-of-bag values need at least one bag, got {self.bags}")
-        x, y = compressed(evidence.x), evidence.y
-        targets = F.one_hot(y, evidence.classes).to(x.dtype)
+        x, y = evidence.components, evidence.y
         counts = drawn(len(y), self.bags, evidence.seed).to(x.device)
         credit, outside = x.new_zeros(len(y)), (counts == 0).sum(1)
-        for part, p in predictions(x, targets, counts.to(x.dtype), best_decay(x, targets, evidence), self.steps):
+        for part, p in predictions(x, evidence.targets, counts.to(x.dtype), evidence.decay, self.steps):
             right = (
                 (p.argmax(-1) == y[:, None]).to(x.dtype)
                 if self.credit == "correct"

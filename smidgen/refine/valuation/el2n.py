@@ -20,7 +20,6 @@ from torch import Tensor
 from smidgen.errors import UserError
 from smidgen.refine.dynamics import epochs
 from smidgen.refine.evidence import Evidence, Need, Scores
-from smidgen.refine.heads import compressed
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class EL2N:
             raise UserError(f"EL2N needs an epoch and a number of trainings from 1 on, got {self.epoch} and {self.trainings}")
         if evidence.dynamics is None:
             labels = evidence.y.repeat(self.trainings, 1)
-            runs = epochs(compressed(evidence.x), labels, evidence.classes, self.epoch, evidence.seed)
+            runs = epochs(evidence.components, labels, evidence.classes, self.epoch, evidence.seed)
             logits = next(islice(runs, self.epoch - 1, None))
         else:
             if len(evidence.dynamics) < self.epoch:

@@ -7,12 +7,11 @@ Many subsets are asked for at once, because linear heads are trained at once (he
 
 from collections.abc import Callable
 
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from smidgen.refine.evidence import Evidence, required
-from smidgen.refine.heads import Compression, best_decay, predictions
+from smidgen.refine.heads import Compression, predictions
 
 Utility = Callable[[Bool[Tensor, "m n"]], Float[Tensor, "m"]]
 
@@ -25,8 +24,8 @@ class HeadGame:
         x_val, self.y_val = required(evidence)
         compression = Compression(evidence.x, width)
         self.x, self.x_val = compression(evidence.x), compression(x_val)
-        self.targets = F.one_hot(evidence.y, evidence.classes).to(self.x.dtype)
-        self.decay = best_decay(self.x, self.targets, evidence)
+        self.targets = evidence.targets
+        self.decay = evidence.decay
         self.steps = steps
 
     def __call__(self, masks: Bool[Tensor, "m n"]) -> Float[Tensor, "m"]:

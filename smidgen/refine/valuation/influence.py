@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from smidgen.refine.evidence import Evidence, Need, Scores, ranked
-from smidgen.refine.heads import Compression, best_decay, penalties, train
+from smidgen.refine.heads import Compression, Heads, penalties
 
 PARAMETERS = 4096  # of the head, at most: its Hessian is solved exactly
 STEPS = 300  # to the minimum, which influence functions assume
@@ -39,9 +39,11 @@ class Influence:
         width = max(1, min(self.width, PARAMETERS // evidence.classes - 1))
         compression = Compression(evidence.x, width)
         x = compression(evidence.x)
-        targets = F.one_hot(evidence.y, evidence.classes).to(x.dtype)
-        decay = best_decay(x, targets, evidence) if self.decay is None else self.decay
-        w = train(x, targets, x.new_ones(len(x), 1), decay, STEPS)[0]
+        targets = evidence.targets
+        decay = evidence.decay if self.decay is None else self.decay
+        w = Heads(x, x.new_ones(len(x), 1), decay).fit(targets, STEPS).w
+        assert w is not None
+        w = w[0]
         factor = torch.linalg.cholesky(hessian(x, w, decay))
         if evidence.validation is None:
             value = -self_influence(x, targets, w, factor)
