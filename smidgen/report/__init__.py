@@ -20,6 +20,7 @@ from smidgen.report.finished import Finished
 from smidgen.report.learned_ranges import learned_ranges
 from smidgen.report.page import Page, render
 from smidgen.report.quantization import evaluation, quantization, summary
+from smidgen.report.refine import refinement
 from smidgen.report.run import generic, provenance
 from smidgen.report.training import training
 from smidgen.run import PARTIAL
@@ -31,6 +32,7 @@ JOBS = {
     "lab ranges": learned_ranges,
     "fewshot train": fewshot_training,
     "fewshot evaluate": fewshot_evaluation,
+    "refine": refinement,
 }
 
 
