@@ -51,7 +51,7 @@ class Material:
     def folds(self, seed: int) -> Int[Tensor, "n"]:
         """Of the part; -1 of images held out."""
         fold = torch.full((len(self.source),), -1)
-        fold[torch.from_numpy(self.part)] = assigned(self.evidence(self.part, seed), FOLDS, seed)
+        fold[torch.from_numpy(self.part)] = assigned(self.source.images.labels[self.part], FOLDS, seed, self.groups[self.part])
         return fold
 
 
@@ -109,7 +109,7 @@ def hold_out(source: Source, groups: Int[Tensor, "n"], share: float, seed: int) 
     """Which images are held out: stratified, duplicates on one side, and enough of every class on the other."""
     labels = source.images.labels
     count = round(1 / share)
-    fold = assigned(Evidence(torch.zeros(len(labels), 1), labels, len(source.classes), groups=groups, seed=seed), count, 0)
+    fold = assigned(labels, count, seed, groups)
     held = fold == 0
     for c, name in enumerate(source.classes):
         if not bool((held & (labels == c)).any()) or int((~held & (labels == c)).sum()) < 2:
