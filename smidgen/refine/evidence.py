@@ -9,7 +9,7 @@ y. Duplicates share a number in `groups`: a fold never holds one and trains on t
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -92,6 +92,7 @@ class Scores:
     "In [0, 1], low is suspicious, in the order of `value`."
 
 
+@runtime_checkable
 class Method(Protocol):
     """A valuation or a detector of wrong labels."""
 
