@@ -34,11 +34,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from smidgen.backbones import open_backbone
+from smidgen.backbones import PIXELS, open_backbone
 from smidgen.refine.cache import Cache
 from smidgen.refine.classifier import Recipe
 from smidgen.refine.folder import Copy, Source, read
-from smidgen.refine.material import Material, gather
+from smidgen.refine.material import gather
 from smidgen.refine.refine import SIZE
 from smidgen.refine.stages import Stages
 from smidgen.run import Run
@@ -106,7 +106,7 @@ def make_sets(options: argparse.Namespace) -> None:
             result = work.apply(SETS[name], known, judges)
             sets |= seen(name, result.images(), source, rows, arrays, run)
             run.say(f"{name}: {len(result.images())} images, {len(result.kept())} of them originals")
-        leaks = leaked(material, options, backbone, cache, run)
+        leaks = leaked(options.work, device, cache, run) | {"groups_in_train": len(material.twins.groups)}
     unleaked = np.array([f"val/{n}" not in leaks["names"] for n in names(arrays, 1)])
     held = {split: arrays["x32"][arrays["split"] == i] for i, split in enumerate(SPLITS) if i}
     labels = {f"{split} y": arrays["label"][arrays["split"] == i].astype(int) for i, split in enumerate(SPLITS) if i}
@@ -136,15 +136,17 @@ def seen(
     return {f"{name} x": x, f"{name} y": y}
 
 
-def leaked(material: Material, options: argparse.Namespace, backbone, cache: Cache, run: Run) -> dict:
-    """Duplicates within train, and pictures of train that are in val or in the label book."""
-    found = {"groups_in_train": len(material.twins.groups), "names": set()}
+def leaked(work: Path, device: torch.device, cache: Cache, run: Run) -> dict:
+    """Pictures of train that are in val or in the label book, too; pixels tell."""
+    found: dict = {"names": set()}
+    backbone = open_backbone(PIXELS, device)
+    source = read(work / "train", None, SIZE, run)
     for split in SPLITS[1:]:
-        held = read(options.work / split, None, backbone.size or SIZE, run)
-        with_it = gather(material.source, held, backbone, SIDE, 0.2, cache, 32, 0)
-        found[f"train_images_in_{split}"] = len(with_it.twins.leaks)
-        found[f"{split}_images_in_train"] = len(held) - len(with_it.held_y)
-        found["names"] |= {f"{split}/{name}" for name in with_it.twins.leaks.values()}
+        held = read(work / split, None, SIZE, run)
+        material = gather(source, held, backbone, SIDE, 0.2, cache, 32, 0)
+        found[f"train_images_in_{split}"] = len(material.twins.leaks)
+        found[f"{split}_images_in_train"] = len(held) - len(material.held_y)
+        found["names"] |= {f"{split}/{name}" for name in material.twins.leaks.values()}
     return found
 
 
