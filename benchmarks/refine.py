@@ -76,7 +76,7 @@ def unpacked(data: Path, work: Path) -> dict[str, np.ndarray]:
 
 def squeezed(image: Image.Image) -> np.ndarray:
     """As the competition's script reads an image."""
-    x = torch.from_numpy(np.asarray(image.convert("L"))).float()[None, None]
+    x = torch.from_numpy(np.array(image.convert("L"), np.float32))[None, None]
     return F.interpolate(x, (SIDE, SIDE), mode="bilinear", align_corners=False)[0, 0].round().clamp(0, 255).byte().numpy()
 
 

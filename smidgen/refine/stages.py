@@ -1,7 +1,7 @@
 """Stages applied to images, and proved: what `smidgen refine` does between reading and writing."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -51,6 +51,12 @@ class Proof:
         return tuple(stage for stage, gain in self.gains.items() if gain is not None and gain.helps)
 
 
+def even(x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    """Centred, of mean squared length 1: neither of two kinds of features outweighs the other."""
+    centred = x - x.mean(0)
+    return centred / centred.square().sum(1).mean().sqrt().clamp(min=1e-12)
+
+
 @dataclass(frozen=True)
 class Stages:
     """The stages over one material."""
@@ -71,10 +77,16 @@ class Stages:
         return judge(x, y, m.folds(self.seed), m.classes, self.recipe, self.run, self.cache, self.seed)
 
     def known(self, rows: Int[np.ndarray, "m"], judges: Judge) -> Judged:
-        """Scores of some images, compared with each other."""
+        """Scores of some images, compared with each other.
+
+        Detectors look at the embedding and at what the judges make of an image, none of which saw it: a frozen network that never met such
+        images and a small one that knows nothing else miss different things.
+        """
         m, index = self.material, torch.from_numpy(rows)
-        scored = score(m.evidence(rows, self.seed), m.source.images.pixels[index], self.cache)
-        return judged(rows, m.source.labels[rows], scored, judges.probabilities(m.x[index], rows.tolist()))
+        p = judges.probabilities(m.x[index], rows.tolist())
+        evidence = m.evidence(rows, self.seed)
+        evidence = replace(evidence, x=torch.cat([even(evidence.x), even(p.clamp(min=1e-3).log())], 1))
+        return judged(rows, m.source.labels[rows], score(evidence, m.source.images.pixels[index], self.cache), p)
 
     def apply(self, stages: Sequence[Stage], known: Judged, judges: Judge) -> Result:
         """What becomes of these images."""
