@@ -5,8 +5,8 @@
     python benchmarks/refine.py train --work DIR --sets raw all --seeds 0 --epochs 20 --batch 32      # a proxy for two cores
 
 `sets` writes the 2,067 training images as class folders, in their own proportions (stored: 64 pixels, padded, and the size they had), applies
-the stages to all of them, each alone and together, no stage being undone, and keeps what the network would see as DIR/sets.npz: uint8 32 x 32,
-the whole image squeezed bilinearly without antialiasing. Of images that are kept as they were that is the very array the competition's script saw.
+the stages to all of them, alone and together, no stage being undone, and keeps what the network would see as DIR/sets.npz: uint8 32 x 32, the
+whole image squeezed bilinearly without antialiasing. Of images kept as they were that is the very array the competition's script saw.
 Nothing looks at val or at the label book, but for duplicates: these are counted and reported.
 
     raw        as handed out                       clean          duplicates, outsiders, other labels
@@ -15,8 +15,8 @@ Nothing looks at val or at the label book, but for duplicates: these are counted
 
 `train` is the fixed protocol (notes 2): Keras's ResNet50 without weights up to conv2_block3_out, global average, 10 classes; Adam 1e-4,
 batch 8, 100 epochs; the epoch that is best on val is the one kept, for every set alike, so accuracy on val is a little too good for all; that of
-the last epoch is beside it. A row per set and seed goes to benchmarks/results/refine.csv. A twin, not Keras: other random numbers; an epoch
-leaves out what does not fill a batch.
+the last epoch is beside it. A row per set and seed goes to benchmarks/results/refine.csv. A twin, not Keras: other random numbers; an
+epoch leaves out what does not fill a batch.
 """
 
 import argparse
@@ -27,6 +27,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,8 +46,8 @@ from smidgen.run import Run
 
 RESULTS = Path(__file__).parent / "results" / "refine.csv"
 COLUMNS = [
-    "set", "seed", "images", "val", "val_unleaked", "label_book", "val_last", "val_unleaked_last", "label_book_last", "epoch", "epochs", "batch",
-    "seconds", "commit", "machine", "date",
+    "set", "seed", "images", "val", "val_unleaked", "label_book", "val_last", "val_unleaked_last", "label_book_last", "epoch", "epochs",
+    "batch", "seconds", "commit", "machine", "date",
 ]  # fmt: skip
 SPLITS = ("train", "val", "label_book")
 SETS = {
@@ -88,7 +89,7 @@ def rows_of(source: Source, arrays: dict[str, np.ndarray]) -> list[int]:
 
 
 def make_sets(options: argparse.Namespace) -> None:
-    """sets.npz, and leaks.json."""
+    """sets.npz, and found.json."""
     started = time.monotonic()
     options.work.mkdir(parents=True, exist_ok=True)
     arrays = unpacked(options.data, options.work)
@@ -106,14 +107,16 @@ def make_sets(options: argparse.Namespace) -> None:
             result = work.apply(SETS[name], known, judges)
             sets |= seen(name, result.images(), source, rows, arrays, run)
             run.say(f"{name}: {len(result.images())} images, {len(result.kept())} of them originals")
-        leaks = leaked(options.work, device, cache, run) | {"groups_in_train": len(material.twins.groups)}
-    unleaked = np.array([f"val/{n}" not in leaks["names"] for n in names(arrays, 1)])
+        leaks, known_by_heart = leaked(options.work, device, cache, run)
+    unleaked = np.array([f"val/{n}" not in known_by_heart for n in names(arrays, 1)])
     held = {split: arrays["x32"][arrays["split"] == i] for i, split in enumerate(SPLITS) if i}
     labels = {f"{split} y": arrays["label"][arrays["split"] == i].astype(int) for i, split in enumerate(SPLITS) if i}
-    np.savez(options.work / "sets.npz", **sets, **{f"{s} x": x for s, x in held.items()}, **labels, unleaked=unleaked)
-    leaks |= {"share_wrong": known.share, "seconds": round(time.monotonic() - started, 1)}
-    (options.work / "leaks.json").write_text(json.dumps(leaks | {"names": sorted(leaks["names"])}, indent=1) + "\n")
-    print(json.dumps({name: value for name, value in leaks.items() if name != "names"}))
+    kept: dict[str, Any] = sets | {f"{s} x": x for s, x in held.items()} | labels | {"unleaked": unleaked}
+    np.savez(options.work / "sets.npz", **kept)
+    found = {"groups_in_train": len(material.twins.groups), **leaks, "share_wrong": round(known.share, 4)}
+    found |= {"judges_right": round(float((known.guess == known.labels).mean()), 4), "seconds": round(time.monotonic() - started, 1)}
+    (options.work / "found.json").write_text(json.dumps(found | {"known_by_heart": sorted(known_by_heart)}, indent=1) + "\n")
+    print(json.dumps(found))
 
 
 def names(arrays: dict[str, np.ndarray], split: int) -> list[str]:
@@ -136,9 +139,9 @@ def seen(
     return {f"{name} x": x, f"{name} y": y}
 
 
-def leaked(work: Path, device: torch.device, cache: Cache, run: Run) -> dict:
-    """Pictures of train that are in val or in the label book, too; pixels tell."""
-    found: dict = {"names": set()}
+def leaked(work: Path, device: torch.device, cache: Cache, run: Run) -> tuple[dict[str, int], set[str]]:
+    """How many pictures of train are in val or in the label book, too; and which of these. Pixels tell."""
+    found, known_by_heart = {}, set()
     backbone = open_backbone(PIXELS, device)
     source = read(work / "train", None, SIZE, run)
     for split in SPLITS[1:]:
@@ -146,8 +149,8 @@ def leaked(work: Path, device: torch.device, cache: Cache, run: Run) -> dict:
         material = gather(source, held, backbone, SIDE, 0.2, cache, 32, 0)
         found[f"train_images_in_{split}"] = len(material.twins.leaks)
         found[f"{split}_images_in_train"] = len(held) - len(material.held_y)
-        found["names"] |= {f"{split}/{name}" for name in material.twins.leaks.values()}
-    return found
+        known_by_heart |= {f"{split}/{name}" for name in material.twins.leaks.values()}
+    return found, known_by_heart
 
 
 # --- the fixed network -----------------------------------------------------------------------------------------------

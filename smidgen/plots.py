@@ -132,7 +132,12 @@ def dots(series: Mapping[str, Points], x_label: str, y_label: str, title: str) -
 
 
 def heat_map(
-    values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], title: str, y_label: str = "", x_label: str = "predicted"
+    values: Sequence[Sequence[float]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    title: str,
+    y_label: str = "",
+    x_label: str = "predicted",
 ) -> str:
     """A square per value in 0 .. 1, the darker the larger, 0 left blank; names are left out where there are more than fit."""
     with _style(title):
@@ -205,7 +210,11 @@ def gallery(pictures: Sequence[tuple[str | None, str, str, bool]], title: str) -
     for i, (uri, words, more, framed) in enumerate(pictures):
         x, y = 4 + i % across * step, 4 + i // across * height
         color = f"var(--series-1, {SERIES[1]})" if framed else f"var(--rule, {RULE})"
-        image = f'<image href="{escape(uri)}" x="{x}" y="{y}" width="{side}" height="{side}" style="image-rendering: pixelated"/>' if uri else ""
+        image = (
+            f'<image href="{escape(uri)}" x="{x}" y="{y}" width="{side}" height="{side}" style="image-rendering: pixelated"/>'
+            if uri
+            else ""
+        )
         parts.append(
             f"<g><title>{escape(more)}</title>{image}"
             f'<rect x="{x - 1}" y="{y - 1}" width="{side + 2}" height="{side + 2}" fill="transparent" stroke="{color}" stroke-width="1.5"/>'

@@ -174,9 +174,7 @@ def serve(decisions: Decisions, picture: Callable[[str], Image.Image], say: Call
         def stop() -> None:
             server.should_exit = True
 
-        say(
-            f"{len(decisions.items)} images to look at: http://{HOST}:{listening.getsockname()[1]}"
-        )
+        say(f"{len(decisions.items)} images to look at: http://{HOST}:{listening.getsockname()[1]}")
         server.run(sockets=[listening])
     return decisions.made
 

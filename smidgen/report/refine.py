@@ -1,7 +1,7 @@
 """The page of `smidgen refine`: what the stages were worth, every decision with its picture, new images, which transforms keep which label.
 
-Read besides what every run has: decisions.json (classes; decisions, each with its path, verdict, label, proposed, reason and, unless it could
-not be read, a picture as data URI; new images by class).
+Read besides what every run has: decisions.json (classes; decisions, each with its path, verdict, label, proposed, reason and, unless it
+could not be read, a picture as data URI; new images by class).
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,8 +15,9 @@ from smidgen.report.run import facts
 from smidgen.report.words import finite, number
 
 PROOF = (
-    "One small network, trained on the set before and after each stage with several seeds, on held-out images that no stage saw; labels are "
-    "those given. The interval is of the paired difference, over images and seeds. A stage whose gain is not above its standard error is undone."
+    "One small network, trained on the set before and after each stage with several seeds, on held-out images that no stage saw; labels "
+    "are those given. The interval is of the paired difference, over images and seeds. A stage whose gain is not above its standard "
+    "error is undone."
 )
 VERDICTS = {
     "relabel": "Relabelled",
