@@ -4,18 +4,18 @@
     python benchmarks/refine.py train --work DIR --device cuda        # the fixed network on each, all seeds side by side
     python benchmarks/refine.py train --work DIR --sets raw all --seeds 0 --epochs 20 --batch 32      # a proxy for two cores
 
-`sets` writes the 2,067 training images as class folders, in their own proportions (stored: 64 pixels, padded, and the size they had), applies
-the stages to all of them, alone and together, no stage being undone, and keeps what the network would see as DIR/sets.npz: uint8 32 x 32, the
-whole image squeezed bilinearly without antialiasing. Of images kept as they were that is the very array the competition's script saw.
-Nothing looks at val or at the label book, but for duplicates: these are counted and reported.
+`sets` writes the 2,067 training images as class folders in their own proportions (stored: 64 pixels, padded, and the size they had),
+applies the stages to all of them, alone and together, no stage being undone, and keeps what the network would see as DIR/sets.npz: uint8
+32 x 32, the whole image squeezed bilinearly without antialiasing. Of images kept as they were that is the very array the competition's
+script saw. Nothing looks at val or at the label book, but for duplicates: these are counted and reported.
 
     raw        as handed out                       clean          duplicates, outsiders, other labels
     value      less what is probably wrong         value+clean    both
     augment    raw and new images                  all            value, clean, new images up to the budget
 
 `train` is the fixed protocol (notes 2): Keras's ResNet50 without weights up to conv2_block3_out, global average, 10 classes; Adam 1e-4,
-batch 8, 100 epochs; the epoch that is best on val is the one kept, for every set alike, so accuracy on val is a little too good for all; that of
-the last epoch is beside it. A row per set and seed goes to benchmarks/results/refine.csv. A twin, not Keras: other random numbers; an
+batch 8, 100 epochs; the epoch that is best on val is the one kept, for every set alike, so accuracy on val is a little too good for all;
+that of the last epoch is beside it. A row per set and seed goes to benchmarks/results/refine.csv. A twin, not Keras: other random numbers; an
 epoch leaves out what does not fill a batch.
 """
 

@@ -5,8 +5,8 @@
     augment    new images up to the budget: only transforms that keep the label, most for the classes that are hardest to tell
 
 A stage is a rule, proved where it has not looked: a part of the images is held out (or --validation is given), rules are applied to the
-rest, and networks trained before and after each stage are compared on the part held out (gate.py). A stage that does not help is undone. What
-is left of the rules is then applied to all images: that is what the output holds.
+rest, and networks trained before and after each stage are compared on the part held out (gate.py). A stage that does not help is
+undone. What is left of the rules is then applied to all images: that is what the output holds.
 
 The source is not touched. The output is complete or it has no metrics.json; the same command into the same --output goes on with what an
 interrupted one has computed.
