@@ -151,19 +151,18 @@ def best_decay(x: Float[Tensor, "n k"], targets: Float[Tensor, "n classes"], ins
 def folds(
     y: Int[Tensor, "n"], count: int = 5, repeats: int = 1, seed: int = 0, groups: Int[Tensor, "n"] | None = None
 ) -> Bool[Tensor, "n heads"]:
-    """A column per fold and repeat, marking what lies outside the fold: what its head trains on.
+    """A column per fold and repeat, marking what lies outside the fold: what its head trains on."""
+    fold = torch.stack([assigned(y, count, seed * 1_000_003 + r, groups) for r in range(repeats)], 1)
+    return (fold[..., None] != torch.arange(count, device=y.device)).flatten(1)
 
-    Folds are stratified by label; duplicates, which share a number in `groups`, share the fold of the first of them.
-    """
-    columns = []
-    for r in range(repeats):
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + r) % 2**31)
-        shuffled = torch.randperm(len(y), generator=generator)
-        fold = torch.empty(len(y), dtype=torch.int64)
-        fold[shuffled[y.cpu()[shuffled].argsort(stable=True)]] = torch.arange(len(y)) % count
-        if groups is not None:
-            _, group = groups.cpu().unique(return_inverse=True)
-            first = torch.full((int(group.max()) + 1,), len(y)).scatter_reduce(0, group, torch.arange(len(y)), "amin")
-            fold = fold[first[group]]
-        columns += [fold != f for f in range(count)]
-    return torch.stack(columns, 1).to(y.device)
+
+def assigned(y: Int[Tensor, "n"], count: int, seed: int = 0, groups: Int[Tensor, "n"] | None = None) -> Int[Tensor, "n"]:
+    """A fold for every image: stratified by label; duplicates, which share a number in `groups`, share the fold of the first of them."""
+    shuffled = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed % 2**31))
+    fold = torch.empty(len(y), dtype=torch.int64)
+    fold[shuffled[y.cpu()[shuffled].argsort(stable=True)]] = torch.arange(len(y)) % count
+    if groups is not None:
+        _, group = groups.cpu().unique(return_inverse=True)
+        first = torch.full((int(group.max()) + 1,), len(y)).scatter_reduce(0, group, torch.arange(len(y)), "amin")
+        fold = fold[first[group]]
+    return fold.to(y.device)

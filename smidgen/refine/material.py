@@ -15,7 +15,7 @@ from smidgen.refine.decide import Twins
 from smidgen.refine.detectors.duplicates import Group, find_duplicates, group_numbers
 from smidgen.refine.evidence import Evidence
 from smidgen.refine.folder import Source, View, untouched
-from smidgen.refine.heads import folds
+from smidgen.refine.heads import assigned
 
 FOLDS = 5
 
@@ -52,13 +52,8 @@ class Material:
         """Of the part; -1 of images held out."""
         index = torch.from_numpy(self.part)
         fold = torch.full((len(self.source),), -1)
-        fold[index] = numbered(self.source.images.labels[index], FOLDS, self.groups[index], seed)
+        fold[index] = assigned(self.source.images.labels[index], FOLDS, seed, self.groups[index])
         return fold
-
-
-def numbered(y: Int[Tensor, "n"], count: int, groups: Int[Tensor, "n"], seed: int) -> Int[Tensor, "n"]:
-    """A fold for every image: stratified, duplicates in one."""
-    return (~folds(y, count, seed=seed, groups=groups)).int().argmax(1)
 
 
 def gather(
@@ -114,7 +109,7 @@ def leaked(group: Group, n: int, validation: Source) -> str:
 def hold_out(source: Source, groups: Int[Tensor, "n"], share: float, seed: int) -> np.ndarray:
     """Which images are held out: stratified, duplicates on one side, and enough of every class on the other."""
     labels = source.images.labels
-    held = numbered(labels, round(1 / share), groups, seed) == 0
+    held = assigned(labels, round(1 / share), seed, groups) == 0
     for c, name in enumerate(source.classes):
         if not bool((held & (labels == c)).any()) or int((~held & (labels == c)).sum()) < 2:
             raise UserError(
