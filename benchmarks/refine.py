@@ -15,8 +15,8 @@ script saw. Nothing looks at val or at the label book, but for duplicates: these
 
 `train` is the fixed protocol (notes 2): Keras's ResNet50 without weights up to conv2_block3_out, global average, 10 classes; Adam 1e-4,
 batch 8, 100 epochs; the epoch that is best on val is the one kept, for every set alike, so accuracy on val is a little too good for all;
-that of the last epoch is beside it. A row per set and seed goes to benchmarks/results/refine.csv. A twin, not Keras: other random numbers; an
-epoch leaves out what does not fill a batch.
+that of the last epoch is beside it. A row per set and seed goes to benchmarks/results/refine.csv. A twin, not Keras: other random numbers;
+an epoch leaves out what does not fill a batch.
 """
 
 import argparse
@@ -197,7 +197,7 @@ class Fixed(nn.Module):
 class Training:
     """Networks of several seeds on one set, a step of each at a time; on a GPU the steps are one recorded graph."""
 
-    def __init__(self, x: Tensor, y: Tensor, seeds: Sequence[int], batch: int, rate: float) -> None:
+    def __init__(self, x: Tensor, y: Tensor, seeds: Sequence[int], batch: int, rate: float, eager: bool) -> None:
         self.x, self.y, self.device = x, y, x.device
         self.models, self.optimizers = [], []
         for seed in seeds:
@@ -207,7 +207,7 @@ class Training:
             self.optimizers.append(torch.optim.Adam(self.models[-1].parameters(), rate, eps=1e-7, capturable=gpu, foreach=gpu))
         self.orders = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.index = torch.zeros(len(seeds), batch, dtype=torch.int64, device=self.device)
-        self.replay = self.recorded() if self.device.type == "cuda" else self.step
+        self.replay = self.step if eager or self.device.type != "cuda" else self.recorded()
 
     def step(self) -> None:
         """One update of every network on its batch."""
@@ -276,7 +276,7 @@ def train(options: argparse.Namespace) -> None:
 def rows(name: str, arrays: dict[str, Tensor], options: argparse.Namespace) -> Iterator[dict]:
     """The fixed protocol on one set."""
     started = time.monotonic()
-    training = Training(arrays[f"{name} x"], arrays[f"{name} y"], options.seeds, options.batch, options.rate)
+    training = Training(arrays[f"{name} x"], arrays[f"{name} y"], options.seeds, options.batch, options.rate, options.eager)
     best: list[dict] = [{"val": -1.0} for _ in options.seeds]
     last: list[dict] = []
     for epoch in range(1, options.epochs + 1):
@@ -343,6 +343,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rate", type=float, default=1e-4)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--eager", action="store_true", help="step by step on a GPU, too")
     options = parser.parse_args()
     torch.backends.cudnn.allow_tf32 = False
     make_sets(options) if options.piece == "sets" else train(options)

@@ -13,6 +13,8 @@ from smidgen import cli
 from smidgen.images import load
 from smidgen.refine import refine
 from smidgen.refine.classifier import Recipe
+from smidgen.refine.decide import Decision
+from smidgen.refine.stages import repeated
 from smidgen.report import write_report
 
 
@@ -140,6 +142,22 @@ def test_stages_that_help_are_applied_to_all_images(given, tmp_path, monkeypatch
     assert len(set(gone) - wrong) - 4 <= 4
     counts = np.bincount(load(tmp_path / "out", size=16).labels)
     assert counts.max() < 2 * counts.min()
+
+
+def test_rounds_go_on_while_something_changes():
+    """Each round drops the last of what is left, down to seven; a round that changes nothing is the last."""
+    seen = []
+
+    def once_more(kept):
+        seen.append(dict(kept))
+        worst = max(kept) if len(kept) > 7 else None
+        return {row: Decision("drop" if row == worst else "keep", label, "") for row, label in kept.items()}
+
+    first = once_more({row: 0 for row in range(10)}) | {0: Decision("relabel", 1, "")}
+    decisions = repeated(first, once_more, rounds=9)
+    assert [len(kept) for kept in seen] == [10, 9, 8, 7] and all(kept[0] == 1 for kept in seen[1:])
+    assert [row for row, d in decisions.items() if d.verdict == "drop"] == [7, 8, 9] and decisions[0].verdict == "relabel"
+    assert repeated(first, once_more, rounds=1) == first
 
 
 def test_validation_and_leaks(given, tmp_path):

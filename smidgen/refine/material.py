@@ -13,7 +13,6 @@ from smidgen.errors import UserError
 from smidgen.refine.cache import Cache
 from smidgen.refine.decide import Twins
 from smidgen.refine.detectors.duplicates import Group, find_duplicates, group_numbers
-from smidgen.refine.evidence import Evidence
 from smidgen.refine.folder import Source, View, untouched
 from smidgen.refine.heads import assigned
 
@@ -42,11 +41,6 @@ class Material:
     def classes(self) -> int:
         """Their number."""
         return len(self.source.classes)
-
-    def evidence(self, rows: Int[np.ndarray, "m"], seed: int) -> Evidence:
-        """What methods of smidgen.refine look at."""
-        index = torch.from_numpy(rows)
-        return Evidence(self.features[index], self.source.images.labels[index], self.classes, groups=self.groups[index], seed=seed)
 
     def folds(self, seed: int) -> Int[Tensor, "n"]:
         """Of the part; -1 of images held out."""

@@ -70,6 +70,8 @@ class Config:
     "Images that stages are proved on, labelled with care; none: a part of the source, held out for it."
     stages: str = ",".join(STAGES)
     "Some of value,clean,augment."
+    rounds: int = 1
+    "Times value and clean judge what the last time left, at most; they stop when little changes."
     embed: str = LITE
     "What images are compared by: efficientnet-lite0, pixels, a .onnx file, a trained Conv-4, or a folder with a transformers image model."
     scaling: Scaling | None = None
@@ -105,7 +107,13 @@ class Config:
         unknown = [stage for stage in asked if stage not in STAGES]
         if unknown:
             raise UserError(f"--stages: there is no stage {unknown[0]!r}; there are {', '.join(STAGES)}")
-        for name, value in (("budget", self.budget), ("seeds", self.seeds), ("steps", self.steps), ("batch", self.batch)):
+        for name, value in (
+            ("budget", self.budget),
+            ("seeds", self.seeds),
+            ("steps", self.steps),
+            ("batch", self.batch),
+            ("rounds", self.rounds),
+        ):
             if value < 1:
                 raise UserError(f"--{name} must be positive, got {value}")
         if not 0.05 <= self.held_out <= 0.5:
@@ -138,7 +146,7 @@ def main(config: Config, run: Run) -> dict[str, Any]:
     backbone = open_backbone(config.embed, device, config.scaling)
     source, validation = read_both(config, backbone, run)
     material = gather(source, validation, backbone, recipe.side, config.held_out, cache, config.batch, config.seed)
-    work = Stages(material, recipe, config.budget, config.seeds, device, cache, run, config.seed)
+    work = Stages(material, recipe, config.budget, config.seeds, device, cache, run, config.seed, config.rounds)
 
     judges = work.judges()
     part = work.known(material.part, judges)
