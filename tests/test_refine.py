@@ -87,7 +87,7 @@ def test_the_report_shows_every_decision(given, done):
     assert write_report([done], done.parent / "again.html").read_text() == page
 
 
-def test_a_run_that_stopped_goes_on(given, done, tmp_path, monkeypatch):
+def test_a_run_that_stopped_goes_on(given, done, tmp_path, monkeypatch, capsys):
     """Killed at the last network; the second time the others are not trained again, and the result is the same."""
     from smidgen.refine import classifier
 
@@ -101,6 +101,7 @@ def test_a_run_that_stopped_goes_on(given, done, tmp_path, monkeypatch):
 
     monkeypatch.setattr(classifier, "train", counted)
     assert refined(given[0], tmp_path / "out") == 2
+    assert f"interrupted; repeat the command with --output {tmp_path / 'out'} to go on" in capsys.readouterr().err
     assert not (tmp_path / "out" / "metrics.json").exists() and not (tmp_path / "out" / "findings.csv").exists()
     assert not [f for f in (tmp_path / "out").iterdir() if f.name in CLASSES], "nothing looks finished"
     assert refined(given[0], tmp_path / "out") == 0

@@ -54,6 +54,7 @@ from smidgen.run import Run
 CACHE = ".cache"
 SIZE = 64  # side of the squares, for a backbone that reads any
 THUMB, NEW_SHOWN = 48, 12  # side of a picture in the report; new images of a class in it
+DRAWN = 4000  # of the images kept, the most suspicious, in the report
 
 
 @Parameter(name="*")
@@ -87,7 +88,7 @@ class Config:
     seeds: int = 5
     "Networks trained per stage for the proof."
     steps: int = 1000
-    "Updates of each."
+    "Updates of each, and of the judging networks."
     review: bool = False
     "Serve a page on which a person looks at suspicious images, before the output is written."
     review_port: int = 0
@@ -131,7 +132,10 @@ def command(config: Config) -> dict[str, Any]:
         for source in filter(None, (config.source, config.validation)):
             check_output(Path(source), config.output)
     with Run("refine", config, config.output, Path(config.source).stem) as run:
-        metrics = main(config, run)
+        try:
+            metrics = main(config, run)
+        except KeyboardInterrupt as stop:
+            raise UserError(f"interrupted; repeat the command with --output {run.folder} to go on from here") from stop
         run.say(f"report: {write_report([run.folder])}")
     return metrics
 
@@ -234,12 +238,12 @@ def figures(result: Result, found: Sequence[Finding], proof: Proof, every: Judge
 
 
 def pictures(found: Sequence[Finding], result: Result, source: Source, view: View) -> dict[str, Any]:
-    """What the report draws: every image with its decision, and some of the new ones."""
+    """What the report draws: every decision with its image, those kept only as far as a page can hold them; and some of the new ones."""
     rows = {name: row for row, name in enumerate(source.names)}
     decisions = [
         {"path": f.path, "verdict": f.verdict, "label": f.label, "proposed": f.proposed, "reason": f.reason}
-        | ({"picture": data_uri(view, untouched([rows[f.path]], [0])[0])} if f.path in rows else {})
-        for f in found
+        | ({"picture": data_uri(view, untouched([rows[f.path]], [0])[0])} if f.path in rows and (f.verdict != "keep" or i < DRAWN) else {})
+        for i, f in enumerate(found)
     ]
     shown: dict[int, list[Copy]] = {}
     for copy in result.copies:

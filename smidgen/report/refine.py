@@ -77,11 +77,13 @@ def decisions(found: Sequence[dict[str, Any]], classes: Sequence[str]) -> Iterat
             pictures = [(row.get("picture"), heading(row), row["reason"] or row["path"], True) for row in rows]
             yield Section(f"{title}: {number(len(rows))}", figures=sheets(pictures, title))
     kept = [row for row in found if row["verdict"] == "keep"]
+    drawn = [row for row in kept if "picture" in row]
     figures = []
     for name in classes:
-        pictures = [(row.get("picture"), "", row["path"], False) for row in kept if row["label"] == name]
-        figures += sheets(pictures, f"{name}: {number(len(pictures))} kept") if pictures else []
-    yield Section(f"Kept: {number(len(kept))}", note=KEPT, figures=figures)
+        pictures = [(row["picture"], "", row["path"], False) for row in drawn if row["label"] == name]
+        figures += sheets(pictures, f"{name}: {number(len(pictures))}") if pictures else []
+    note = KEPT if len(drawn) == len(kept) else f"{KEPT} The {number(len(drawn))} most suspicious are drawn."
+    yield Section(f"Kept: {number(len(kept))}", note=note, figures=figures)
 
 
 def heading(row: dict[str, Any]) -> str:
