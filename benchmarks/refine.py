@@ -4,19 +4,19 @@
     python benchmarks/refine.py train --work DIR --device cuda        # the fixed network on each, all seeds side by side
     python benchmarks/refine.py train --work DIR --sets raw all --seeds 0 --epochs 20 --batch 32      # a proxy for two cores
 
-`sets` writes the 2,067 training images as class folders, in their own proportions (stored: 64 pixels, padded, and the size they had), applies
-the stages to all of them, each alone and together, no stage being undone, and keeps what the network would see as DIR/sets.npz: uint8 32 x 32,
-the whole image squeezed bilinearly without antialiasing. Of images that are kept as they were that is the very array the competition's script saw.
-Nothing looks at val or at the label book, but for duplicates: these are counted and reported.
+`sets` writes the 2,067 training images as class folders in their own proportions (stored: 64 pixels, padded, and the size they had),
+applies the stages to all of them, alone and together, no stage being undone, and keeps what the network would see as DIR/sets.npz: uint8
+32 x 32, the whole image squeezed bilinearly without antialiasing. Of images kept as they were that is the very array the competition's
+script saw. Nothing looks at val or at the label book, but for duplicates: these are counted and reported.
 
     raw        as handed out                       clean          duplicates, outsiders, other labels
     value      less what is probably wrong         value+clean    both
     augment    raw and new images                  all            value, clean, new images up to the budget
 
 `train` is the fixed protocol (notes 2): Keras's ResNet50 without weights up to conv2_block3_out, global average, 10 classes; Adam 1e-4,
-batch 8, 100 epochs; the epoch that is best on val is the one kept, for every set alike, so accuracy on val is a little too good for all; that of
-the last epoch is beside it. A row per set and seed goes to benchmarks/results/refine.csv. A twin, not Keras: other random numbers; an epoch
-leaves out what does not fill a batch.
+batch 8, 100 epochs; the epoch that is best on val is the one kept, for every set alike, so accuracy on val is a little too good for all;
+that of the last epoch is beside it. A row per set and seed goes to benchmarks/results/refine.csv. A twin, not Keras: other random numbers;
+an epoch leaves out what does not fill a batch.
 """
 
 import argparse
@@ -27,6 +27,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,19 +35,19 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from smidgen.backbones import open_backbone
+from smidgen.backbones import PIXELS, open_backbone
 from smidgen.refine.cache import Cache
 from smidgen.refine.classifier import Recipe
 from smidgen.refine.folder import Copy, Source, read
-from smidgen.refine.material import Material, gather
+from smidgen.refine.material import gather
 from smidgen.refine.refine import SIZE
 from smidgen.refine.stages import Stages
 from smidgen.run import Run
 
 RESULTS = Path(__file__).parent / "results" / "refine.csv"
 COLUMNS = [
-    "set", "seed", "images", "val", "val_unleaked", "label_book", "val_last", "val_unleaked_last", "label_book_last", "epoch", "epochs", "batch",
-    "seconds", "commit", "machine", "date",
+    "set", "seed", "images", "val", "val_unleaked", "label_book", "val_last", "val_unleaked_last", "label_book_last", "epoch", "epochs",
+    "batch", "seconds", "commit", "machine", "date",
 ]  # fmt: skip
 SPLITS = ("train", "val", "label_book")
 SETS = {
@@ -76,7 +77,7 @@ def unpacked(data: Path, work: Path) -> dict[str, np.ndarray]:
 
 def squeezed(image: Image.Image) -> np.ndarray:
     """As the competition's script reads an image."""
-    x = torch.from_numpy(np.asarray(image.convert("L"))).float()[None, None]
+    x = torch.from_numpy(np.array(image.convert("L"), np.float32))[None, None]
     return F.interpolate(x, (SIDE, SIDE), mode="bilinear", align_corners=False)[0, 0].round().clamp(0, 255).byte().numpy()
 
 
@@ -88,7 +89,7 @@ def rows_of(source: Source, arrays: dict[str, np.ndarray]) -> list[int]:
 
 
 def make_sets(options: argparse.Namespace) -> None:
-    """sets.npz, and leaks.json."""
+    """sets.npz, and found.json."""
     started = time.monotonic()
     options.work.mkdir(parents=True, exist_ok=True)
     arrays = unpacked(options.data, options.work)
@@ -106,14 +107,16 @@ def make_sets(options: argparse.Namespace) -> None:
             result = work.apply(SETS[name], known, judges)
             sets |= seen(name, result.images(), source, rows, arrays, run)
             run.say(f"{name}: {len(result.images())} images, {len(result.kept())} of them originals")
-        leaks = leaked(material, options, backbone, cache, run)
-    unleaked = np.array([f"val/{n}" not in leaks["names"] for n in names(arrays, 1)])
+        leaks, known_by_heart = leaked(options.work, device, cache, run)
+    unleaked = np.array([f"val/{n}" not in known_by_heart for n in names(arrays, 1)])
     held = {split: arrays["x32"][arrays["split"] == i] for i, split in enumerate(SPLITS) if i}
     labels = {f"{split} y": arrays["label"][arrays["split"] == i].astype(int) for i, split in enumerate(SPLITS) if i}
-    np.savez(options.work / "sets.npz", **sets, **{f"{s} x": x for s, x in held.items()}, **labels, unleaked=unleaked)
-    leaks |= {"share_wrong": known.share, "seconds": round(time.monotonic() - started, 1)}
-    (options.work / "leaks.json").write_text(json.dumps(leaks | {"names": sorted(leaks["names"])}, indent=1) + "\n")
-    print(json.dumps({name: value for name, value in leaks.items() if name != "names"}))
+    kept: dict[str, Any] = sets | {f"{s} x": x for s, x in held.items()} | labels | {"unleaked": unleaked}
+    np.savez(options.work / "sets.npz", **kept)
+    found = {"groups_in_train": len(material.twins.groups), **leaks, "share_wrong": round(known.share, 4)}
+    found |= {"judges_right": round(float((known.guess == known.labels).mean()), 4), "seconds": round(time.monotonic() - started, 1)}
+    (options.work / "found.json").write_text(json.dumps(found | {"known_by_heart": sorted(known_by_heart)}, indent=1) + "\n")
+    print(json.dumps(found))
 
 
 def names(arrays: dict[str, np.ndarray], split: int) -> list[str]:
@@ -136,16 +139,18 @@ def seen(
     return {f"{name} x": x, f"{name} y": y}
 
 
-def leaked(material: Material, options: argparse.Namespace, backbone, cache: Cache, run: Run) -> dict:
-    """Duplicates within train, and pictures of train that are in val or in the label book."""
-    found = {"groups_in_train": len(material.twins.groups), "names": set()}
+def leaked(work: Path, device: torch.device, cache: Cache, run: Run) -> tuple[dict[str, int], set[str]]:
+    """How many pictures of train are in val or in the label book, too; and which of these. Pixels tell."""
+    found, known_by_heart = {}, set()
+    backbone = open_backbone(PIXELS, device)
+    source = read(work / "train", None, SIZE, run)
     for split in SPLITS[1:]:
-        held = read(options.work / split, None, backbone.size or SIZE, run)
-        with_it = gather(material.source, held, backbone, SIDE, 0.2, cache, 32, 0)
-        found[f"train_images_in_{split}"] = len(with_it.twins.leaks)
-        found[f"{split}_images_in_train"] = len(held) - len(with_it.held_y)
-        found["names"] |= {f"{split}/{name}" for name in with_it.twins.leaks.values()}
-    return found
+        held = read(work / split, None, SIZE, run)
+        material = gather(source, held, backbone, SIDE, 0.2, cache, 32, 0)
+        found[f"train_images_in_{split}"] = len(material.twins.leaks)
+        found[f"{split}_images_in_train"] = len(held) - len(material.held_y)
+        known_by_heart |= {f"{split}/{name}" for name in material.twins.leaks.values()}
+    return found, known_by_heart
 
 
 # --- the fixed network -----------------------------------------------------------------------------------------------
@@ -192,7 +197,7 @@ class Fixed(nn.Module):
 class Training:
     """Networks of several seeds on one set, a step of each at a time; on a GPU the steps are one recorded graph."""
 
-    def __init__(self, x: Tensor, y: Tensor, seeds: Sequence[int], batch: int, rate: float) -> None:
+    def __init__(self, x: Tensor, y: Tensor, seeds: Sequence[int], batch: int, rate: float, eager: bool) -> None:
         self.x, self.y, self.device = x, y, x.device
         self.models, self.optimizers = [], []
         for seed in seeds:
@@ -202,7 +207,7 @@ class Training:
             self.optimizers.append(torch.optim.Adam(self.models[-1].parameters(), rate, eps=1e-7, capturable=gpu, foreach=gpu))
         self.orders = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.index = torch.zeros(len(seeds), batch, dtype=torch.int64, device=self.device)
-        self.replay = self.recorded() if self.device.type == "cuda" else self.step
+        self.replay = self.step if eager or self.device.type != "cuda" else self.recorded()
 
     def step(self) -> None:
         """One update of every network on its batch."""
@@ -271,7 +276,7 @@ def train(options: argparse.Namespace) -> None:
 def rows(name: str, arrays: dict[str, Tensor], options: argparse.Namespace) -> Iterator[dict]:
     """The fixed protocol on one set."""
     started = time.monotonic()
-    training = Training(arrays[f"{name} x"], arrays[f"{name} y"], options.seeds, options.batch, options.rate)
+    training = Training(arrays[f"{name} x"], arrays[f"{name} y"], options.seeds, options.batch, options.rate, options.eager)
     best: list[dict] = [{"val": -1.0} for _ in options.seeds]
     last: list[dict] = []
     for epoch in range(1, options.epochs + 1):
@@ -338,6 +343,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rate", type=float, default=1e-4)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--eager", action="store_true", help="step by step on a GPU, too")
     options = parser.parse_args()
     torch.backends.cudnn.allow_tf32 = False
     make_sets(options) if options.piece == "sets" else train(options)

@@ -27,6 +27,7 @@ from smidgen.run import Run
 
 EVALUATED = 512  # images at once
 TURN, SIZE, SHEAR, SHIFT = 12.0, 0.15, 0.15, 0.1  # degrees and shares by which the judge's images are moved, at most
+LIGHT, CONTRAST = 0.1, 0.2  # and shares by which they are made brighter and starker, or the other way round
 
 
 @dataclass(frozen=True)
@@ -101,14 +102,16 @@ def train(
 
 
 def moved(x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
-    """Each image turned, sheared, scaled and shifted a little; the border goes on beyond the edge."""
-    turn, scale_x, scale_y, shear, dx, dy = (torch.rand(6, len(x), device=x.device) * 2 - 1).unbind()
+    """Each image turned, sheared, scaled and shifted a little, in another light; the border goes on beyond the edge."""
+    turn, scale_x, scale_y, shear, dx, dy, light, contrast = (torch.rand(8, len(x), device=x.device) * 2 - 1).unbind()
     angle = turn * TURN * torch.pi / 180
     cos, sin = angle.cos(), angle.sin()
     rows = (cos / (1 + SIZE * scale_x), SHEAR * shear - sin, 2 * SHIFT * dx), (sin, cos / (1 + SIZE * scale_y), 2 * SHIFT * dy)
     theta = torch.stack([torch.stack(row, -1) for row in rows], 1)
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)
-    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+    x, middle = F.grid_sample(x, grid, padding_mode="border", align_corners=False), x.mean((1, 2, 3), keepdim=True)
+    light, contrast = LIGHT * light[:, None, None, None], 1 + CONTRAST * contrast[:, None, None, None]
+    return ((x - middle) * contrast + middle + light).clamp(0, 1)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from smidgen.errors import UserError
 from smidgen.refine.cache import Cache
 from smidgen.refine.decide import Twins
 from smidgen.refine.detectors.duplicates import Group, find_duplicates, group_numbers
-from smidgen.refine.evidence import Evidence
 from smidgen.refine.folder import Source, View, untouched
 from smidgen.refine.heads import assigned
 
@@ -43,15 +42,11 @@ class Material:
         """Their number."""
         return len(self.source.classes)
 
-    def evidence(self, rows: Int[np.ndarray, "m"], seed: int) -> Evidence:
-        """What methods of smidgen.refine look at."""
-        index = torch.from_numpy(rows)
-        return Evidence(self.features[index], self.source.images.labels[index], self.classes, groups=self.groups[index], seed=seed)
-
     def folds(self, seed: int) -> Int[Tensor, "n"]:
         """Of the part; -1 of images held out."""
+        index = torch.from_numpy(self.part)
         fold = torch.full((len(self.source),), -1)
-        fold[torch.from_numpy(self.part)] = assigned(self.source.images.labels[self.part], FOLDS, seed, self.groups[self.part])
+        fold[index] = assigned(self.source.images.labels[index], FOLDS, seed, self.groups[index])
         return fold
 
 
@@ -108,9 +103,7 @@ def leaked(group: Group, n: int, validation: Source) -> str:
 def hold_out(source: Source, groups: Int[Tensor, "n"], share: float, seed: int) -> np.ndarray:
     """Which images are held out: stratified, duplicates on one side, and enough of every class on the other."""
     labels = source.images.labels
-    count = round(1 / share)
-    fold = assigned(labels, count, seed, groups)
-    held = fold == 0
+    held = assigned(labels, round(1 / share), seed, groups) == 0
     for c, name in enumerate(source.classes):
         if not bool((held & (labels == c)).any()) or int((~held & (labels == c)).sum()) < 2:
             raise UserError(

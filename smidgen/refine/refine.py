@@ -4,9 +4,9 @@
     clean      duplicates and outsiders go, wrong labels are put right
     augment    new images up to the budget: only transforms that keep the label, most for the classes that are hardest to tell
 
-A stage is a rule, proved where it has not looked: a part of the images is held out (or --validation is given), rules are
-applied to the rest, and networks trained before and after each stage are compared on the part held out (gate.py). A stage that does not help
-is undone. What is left of the rules is then applied to all images: that is what the output holds.
+A stage is a rule, proved where it has not looked: a part of the images is held out (or --validation is given), rules are applied to the
+rest, and networks trained before and after each stage are compared on the part held out (gate.py). A stage that does not help is
+undone. What is left of the rules is then applied to all images: that is what the output holds.
 
 The source is not touched. The output is complete or it has no metrics.json; the same command into the same --output goes on with what an
 interrupted one has computed.
@@ -54,6 +54,7 @@ from smidgen.run import Run
 CACHE = ".cache"
 SIZE = 64  # side of the squares, for a backbone that reads any
 THUMB, NEW_SHOWN = 48, 12  # side of a picture in the report; new images of a class in it
+DRAWN = 4000  # of the images kept, the most suspicious, in the report
 
 
 @Parameter(name="*")
@@ -70,6 +71,8 @@ class Config:
     "Images that stages are proved on, labelled with care; none: a part of the source, held out for it."
     stages: str = ",".join(STAGES)
     "Some of value,clean,augment."
+    rounds: int = 1
+    "Times value and clean judge what the last time left, at most; they stop when little changes."
     embed: str = LITE
     "What images are compared by: efficientnet-lite0, pixels, a .onnx file, a trained Conv-4, or a folder with a transformers image model."
     scaling: Scaling | None = None
@@ -85,7 +88,7 @@ class Config:
     seeds: int = 5
     "Networks trained per stage for the proof."
     steps: int = 1000
-    "Updates of each."
+    "Updates of each, and of the judging networks."
     review: bool = False
     "Serve a page on which a person looks at suspicious images, before the output is written."
     review_port: int = 0
@@ -105,7 +108,13 @@ class Config:
         unknown = [stage for stage in asked if stage not in STAGES]
         if unknown:
             raise UserError(f"--stages: there is no stage {unknown[0]!r}; there are {', '.join(STAGES)}")
-        for name, value in (("budget", self.budget), ("seeds", self.seeds), ("steps", self.steps), ("batch", self.batch)):
+        for name, value in (
+            ("budget", self.budget),
+            ("seeds", self.seeds),
+            ("steps", self.steps),
+            ("batch", self.batch),
+            ("rounds", self.rounds),
+        ):
             if value < 1:
                 raise UserError(f"--{name} must be positive, got {value}")
         if not 0.05 <= self.held_out <= 0.5:
@@ -123,7 +132,10 @@ def command(config: Config) -> dict[str, Any]:
         for source in filter(None, (config.source, config.validation)):
             check_output(Path(source), config.output)
     with Run("refine", config, config.output, Path(config.source).stem) as run:
-        metrics = main(config, run)
+        try:
+            metrics = main(config, run)
+        except KeyboardInterrupt as stop:
+            raise UserError(f"interrupted; repeat the command with --output {run.folder} to go on from here") from stop
         run.say(f"report: {write_report([run.folder])}")
     return metrics
 
@@ -138,7 +150,7 @@ def main(config: Config, run: Run) -> dict[str, Any]:
     backbone = open_backbone(config.embed, device, config.scaling)
     source, validation = read_both(config, backbone, run)
     material = gather(source, validation, backbone, recipe.side, config.held_out, cache, config.batch, config.seed)
-    work = Stages(material, recipe, config.budget, config.seeds, device, cache, run, config.seed)
+    work = Stages(material, recipe, config.budget, config.seeds, device, cache, run, config.seed, config.rounds)
 
     judges = work.judges()
     part = work.known(material.part, judges)
@@ -226,12 +238,12 @@ def figures(result: Result, found: Sequence[Finding], proof: Proof, every: Judge
 
 
 def pictures(found: Sequence[Finding], result: Result, source: Source, view: View) -> dict[str, Any]:
-    """What the report draws: every image with its decision, and some of the new ones."""
+    """What the report draws: every decision with its image, those kept only as far as a page can hold them; and some of the new ones."""
     rows = {name: row for row, name in enumerate(source.names)}
     decisions = [
         {"path": f.path, "verdict": f.verdict, "label": f.label, "proposed": f.proposed, "reason": f.reason}
-        | ({"picture": data_uri(view, untouched([rows[f.path]], [0])[0])} if f.path in rows else {})
-        for f in found
+        | ({"picture": data_uri(view, untouched([rows[f.path]], [0])[0])} if f.path in rows and (f.verdict != "keep" or i < DRAWN) else {})
+        for i, f in enumerate(found)
     ]
     shown: dict[int, list[Copy]] = {}
     for copy in result.copies:

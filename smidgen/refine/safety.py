@@ -9,7 +9,8 @@ For an operator t at strength s and trusted images of class c, judged by network
     label map       a flip that takes c to one other class d, and d to c: at least CERTAIN of what networks get right anyway. It makes new
                     images of d out of c (a mirrored IV is a VI).
 
-A class that networks know too badly (a_c < KNOWN) is not transformed: nothing can be said of what keeps its label.
+Of a class that networks know too badly (a_c < KNOWN) nothing can be said. It is allowed what all classes allow that they do know, and never
+a flip: without new images it would drown among classes that have them.
 """
 
 from collections.abc import Sequence
@@ -59,7 +60,10 @@ def learn(judge: Judge, view: View, trusted: Sequence[Copy], classes: int, run: 
         tables = [shares(judge, view, tried, name, s, classes, seed) for s in strengths]
         keep = np.stack([np.diag(table) for table in tables])  # (strengths, classes)
         safe = np.logical_and.accumulate(keep >= accuracy - TOLERANCE) & known
-        limits[name] = tuple((np.array(strengths)[:, None] * safe).max(0).tolist())
+        largest = (np.array(strengths)[:, None] * safe).max(0)
+        if known.any() and name not in FLIPS:
+            largest[~known] = largest[known].min()
+        limits[name] = tuple(largest.tolist())
         if name in FLIPS:
             maps[name] = label_map(tables[0], accuracy, known & ~safe[0])
         run.log(transform=name, keep=keep.round(4).tolist(), limit=limits[name], largest=max(strengths), becomes=maps.get(name))

@@ -1,6 +1,6 @@
 """Stages applied to images, and proved: what `smidgen refine` does between reading and writing."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,11 +12,14 @@ from smidgen.refine.augment import Originals, augment
 from smidgen.refine.cache import Cache
 from smidgen.refine.classifier import Judge, Recipe, judge
 from smidgen.refine.decide import Decision, Judged, Stage, decide, judged, score, trusted
+from smidgen.refine.evidence import Evidence
 from smidgen.refine.folder import Copy, untouched
 from smidgen.refine.gate import Gain, compare, right
 from smidgen.refine.material import Material
 from smidgen.refine.safety import learn
 from smidgen.run import Run
+
+LITTLE = 0.01  # of the images: when fewer change in a round, it was the last
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,26 @@ class Proof:
         return tuple(stage for stage, gain in self.gains.items() if gain is not None and gain.helps)
 
 
+def repeated(
+    first: Mapping[int, Decision], once_more: Callable[[Mapping[int, int]], Mapping[int, Decision]], rounds: int
+) -> dict[int, Decision]:
+    """Decisions about what earlier ones left, until fewer than LITTLE of them change anything."""
+    decisions = dict(first)
+    new: Mapping[int, Decision] = first
+    for _ in range(rounds - 1):
+        if sum(d.verdict != "keep" for d in new.values()) < LITTLE * len(new):
+            break
+        new = once_more(Result(decisions).kept())
+        decisions |= {row: d for row, d in new.items() if d.verdict != "keep"}
+    return decisions
+
+
+def even(x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    """Centred, of mean squared length 1: neither of two kinds of features outweighs the other."""
+    centred = x - x.mean(0)
+    return centred / centred.square().sum(1).mean().sqrt().clamp(min=1e-12)
+
+
 @dataclass(frozen=True)
 class Stages:
     """The stages over one material."""
@@ -63,6 +86,7 @@ class Stages:
     cache: Cache
     run: Run
     seed: int
+    rounds: int = 1
 
     def judges(self) -> Judge:
         """Networks that know the part."""
@@ -70,15 +94,32 @@ class Stages:
         x, y = m.x.to(self.device), m.source.images.labels.to(self.device)
         return judge(x, y, m.folds(self.seed), m.classes, self.recipe, self.run, self.cache, self.seed)
 
-    def known(self, rows: Int[np.ndarray, "m"], judges: Judge) -> Judged:
-        """Scores of some images, compared with each other."""
+    def known(self, rows: Int[np.ndarray, "m"], judges: Judge, labels: Int[np.ndarray, "m"] | None = None) -> Judged:
+        """Scores of some images, compared with each other; with other labels than those given, if there are any.
+
+        Detectors look at the embedding and at what the judges make of an image, none of which saw it: a frozen network that never met such
+        images and a small one that knows nothing else miss different things.
+        """
         m, index = self.material, torch.from_numpy(rows)
-        scored = score(m.evidence(rows, self.seed), m.source.images.pixels[index], self.cache)
-        return judged(rows, m.source.labels[rows], scored, judges.probabilities(m.x[index], rows.tolist()))
+        labels = m.source.labels[rows] if labels is None else labels
+        p = judges.probabilities(m.x[index], rows.tolist())
+        x = torch.cat([even(m.features[index]), even(p.clamp(min=1e-3).log())], 1)
+        evidence = Evidence(x, torch.from_numpy(labels), m.classes, groups=m.groups[index], seed=self.seed)
+        return judged(rows, labels, score(evidence, m.source.images.pixels[index], self.cache), p)
 
     def apply(self, stages: Sequence[Stage], known: Judged, judges: Judge) -> Result:
         """What becomes of these images."""
-        return self.extended(decide(known, self.material.twins, stages, self.material.source), stages, known, judges)
+        return self.extended(self.decided(stages, known, judges), stages, known, judges)
+
+    def decided(self, stages: Sequence[Stage], known: Judged, judges: Judge) -> dict[int, Decision]:
+        """Decisions; what is left is judged again, round after round, until little changes."""
+        m = self.material
+
+        def once_more(kept: Mapping[int, int]) -> dict[int, Decision]:
+            rows, labels = (np.array(list(part), dtype=int) for part in (kept.keys(), kept.values()))
+            return decide(self.known(rows, judges, labels), m.twins, stages, m.source)
+
+        return repeated(decide(known, m.twins, stages, m.source), once_more, self.rounds)
 
     def extended(self, decisions: Mapping[int, Decision], stages: Sequence[Stage], known: Judged, judges: Judge) -> Result:
         """Decided images with new ones; the budget is for all images of the source, a part gets its share."""

@@ -1,7 +1,7 @@
 """The page of `smidgen refine`: what the stages were worth, every decision with its picture, new images, which transforms keep which label.
 
-Read besides what every run has: decisions.json (classes; decisions, each with its path, verdict, label, proposed, reason and, unless it could
-not be read, a picture as data URI; new images by class).
+Read besides what every run has: decisions.json (classes; decisions, each with its path, verdict, label, proposed, reason and, unless it
+could not be read, a picture as data URI; new images by class).
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,8 +15,9 @@ from smidgen.report.run import facts
 from smidgen.report.words import finite, number
 
 PROOF = (
-    "One small network, trained on the set before and after each stage with several seeds, on held-out images that no stage saw; labels are "
-    "those given. The interval is of the paired difference, over images and seeds. A stage whose gain is not above its standard error is undone."
+    "One small network, trained on the set before and after each stage with several seeds, on held-out images that no stage saw; labels "
+    "are those given. The interval is of the paired difference, over images and seeds. A stage whose gain is not above its standard "
+    "error is undone."
 )
 VERDICTS = {
     "relabel": "Relabelled",
@@ -76,11 +77,13 @@ def decisions(found: Sequence[dict[str, Any]], classes: Sequence[str]) -> Iterat
             pictures = [(row.get("picture"), heading(row), row["reason"] or row["path"], True) for row in rows]
             yield Section(f"{title}: {number(len(rows))}", figures=sheets(pictures, title))
     kept = [row for row in found if row["verdict"] == "keep"]
+    drawn = [row for row in kept if "picture" in row]
     figures = []
     for name in classes:
-        pictures = [(row.get("picture"), "", row["path"], False) for row in kept if row["label"] == name]
-        figures += sheets(pictures, f"{name}: {number(len(pictures))} kept") if pictures else []
-    yield Section(f"Kept: {number(len(kept))}", note=KEPT, figures=figures)
+        pictures = [(row["picture"], "", row["path"], False) for row in drawn if row["label"] == name]
+        figures += sheets(pictures, f"{name}: {number(len(pictures))}") if pictures else []
+    note = KEPT if len(drawn) == len(kept) else f"{KEPT} The {number(len(drawn))} most suspicious are drawn."
+    yield Section(f"Kept: {number(len(kept))}", note=note, figures=figures)
 
 
 def heading(row: dict[str, Any]) -> str:
