@@ -9,8 +9,8 @@
     mnist      MNIST's test set, 10,000 images with a network's out-of-fold probabilities; of 100 suspects 15 were confirmed as wrong
 
 A row per set, method and seed: average precision of the ranking. cleanlab ranks by the out-of-fold probabilities that ours starts from; the
-confident joint ranks its suspects first, then by self-confidence. Nothing of ours is chosen by the truth: the ensemble's weights come from
-errors planted in the given labels. On cifar10n a linear head is trained on the given labels, without those P(wrong) > 0.5, and with
+confident joint ranks its suspects first, then by self-confidence. Nothing of ours is chosen by the truth: the ensemble's weights are
+those that predict the given labels best. On cifar10n a linear head is trained on the given labels, without those P(wrong) > 0.5, and with
 relabelled ones besides; accuracy on 1,000 test images. Rows go to benchmarks/results/label_errors.csv.
 """
 
@@ -29,11 +29,11 @@ from torch import Tensor
 
 from smidgen.backbones import open_backbone
 from smidgen.images import Images
-from smidgen.refine.detectors import Ensemble, HiddenLabel, LabelQuality, Votes, WrongLabels
+from smidgen.refine.detectors import Ensemble, HiddenLabel, KernelQuality, WrongLabels
 from smidgen.refine.detectors.mislabeled import flagged, label_quality
 from smidgen.refine.evidence import Evidence
 from smidgen.refine.heads import Compression, Heads
-from smidgen.refine.valuation import AUM, DataOOB, KNNShapley
+from smidgen.refine.valuation import DataOOB, KNNShapley
 
 RESULTS = Path(__file__).parent / "results" / "label_errors.csv"
 COLUMNS = ["set", "method", "seed", "average_precision", "images", "wrong", "accuracy", "cpu_seconds", "commit", "machine", "date"]
@@ -87,9 +87,11 @@ def ours(evidence: Evidence) -> Iterator[tuple[str, Tensor]]:
         flagged(evidence.out_of_fold, evidence.y, "confident").double() + 1 - label_quality(evidence.out_of_fold.double(), evidence.y),
     )
     methods = {
-        "normalised-margin": LabelQuality("normalised-margin"), "data-oob": DataOOB(), "data-oob probability":
-        DataOOB(credit="probability"), "knn-shapley": KNNShapley(), "votes": Votes(), "aum": AUM(), "hidden-label": HiddenLabel(),
-    }  # fmt: skip
+        "data-oob": DataOOB(credit="probability"),
+        "knn-shapley": KNNShapley(),
+        "hidden-label": HiddenLabel(),
+        "kernel": KernelQuality(),
+    }
     for name, method in methods.items():
         yield name, -method(evidence).value
 

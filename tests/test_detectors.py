@@ -9,15 +9,17 @@ import torch.nn.functional as F
 from PIL import Image
 
 from smidgen.errors import UserError
-from smidgen.refine.detectors import DETECTORS, MEMBERS, Ensemble, HiddenLabel, LabelQuality, Outliers, Votes
+from smidgen.refine.detectors import DETECTORS, Ensemble, HiddenLabel, LabelQuality, Outliers, Votes
 from smidgen.refine.detectors.duplicates import digest, find_duplicates, group_numbers, perceptual_signs, small_pictures
-from smidgen.refine.detectors.ensemble import plant, suspicion
+from smidgen.refine.detectors.ensemble import plant, pool, regression, stacking, with_mean
 from smidgen.refine.detectors.mislabeled import confident_joint, flagged, flipping, guesses, label_quality, thresholds
 from smidgen.refine.detectors.noise import confusions, explained
 from smidgen.refine.detectors.quality import picture_quality
 from smidgen.refine.evidence import Evidence
+from smidgen.refine.kernel import KernelMachine
 from smidgen.refine.neighbours import nearest
 from smidgen.refine.proportions import planted_share, two_normals
+from smidgen.refine.valuation import KNNShapley
 
 QUALITIES = {
     "self-confidence": "self_confidence", "normalised-margin": "normalized_margin", "weighted-entropy": "confidence_weighted_entropy",
@@ -26,19 +28,19 @@ QUALITIES = {
 
 @pytest.fixture(scope="module")
 def digits():
-    """Every other picture of 8 x 8 handwritten digits, from scikit-learn: features, labels."""
+    """Every third picture of 8 x 8 handwritten digits, from scikit-learn: features, labels."""
     datasets = pytest.importorskip("sklearn.datasets")
     data = datasets.load_digits()
-    return torch.tensor(data.data[::2], dtype=torch.float32), torch.tensor(data.target[::2])
+    return torch.tensor(data.data[::3], dtype=torch.float32), torch.tensor(data.target[::3])
 
 
 @pytest.fixture(scope="module")
 def patches():
-    """298 squares of two photographs, from scikit-learn: pixels (n, 32, 32, 3). Patches of plain sky among them."""
+    """Squares of two photographs, from scikit-learn: pixels (n, 32, 32, 3). Patches of plain sky among them."""
     datasets = pytest.importorskip("sklearn.datasets")
     squares = []
     for photo in datasets.load_sample_images().images:
-        squares += [photo[i : i + 32, j : j + 32] for i in range(0, 416, 33) for j in range(0, 620, 51)]
+        squares += [photo[i : i + 32, j : j + 32] for i in range(0, 390, 32) for j in range(0, 605, 50)]
     return torch.from_numpy(np.stack(squares))
 
 
@@ -77,7 +79,7 @@ def test_label_quality_is_cleanlabs(kind):
 
 def test_label_quality_of_a_sure_model():
     p, y = F.one_hot(torch.tensor([0, 1]), 2).double(), torch.tensor([0, 0])
-    for kind in QUALITIES:
+    for kind in ("self-confidence", "normalised-margin"):
         good, bad = label_quality(p, y, kind).tolist()
         assert good > 0.99 and bad < good, kind
 
@@ -92,7 +94,7 @@ def test_perfect_probabilities_give_the_true_confusions():
 
 
 def test_the_joint_is_calibrated_and_finds_the_noise_rate():
-    p, y, _ = noisy(20_000, sharp=8.0)
+    p, y, _ = noisy(20_000, sharp=40.0)
     joint = confident_joint(p, y)
     assert torch.allclose(joint.sum(1), y.bincount().double())
     assert abs(float(joint.trace() / joint.sum()) - 0.8) < 0.02
@@ -123,16 +125,41 @@ def test_the_posterior_by_hand():
 
 
 def test_given_probabilities_stay_and_the_confusions_are_learned():
-    p, y, true = noisy(4000)
+    p, _, true = noisy(4000)
+    y = torch.where((true == 0) & (torch.rand(4000, generator=torch.Generator().manual_seed(1)) < 0.5), 1, true)
     evidence = Evidence(torch.zeros(4000, 1), y, 4, probabilities=p)
     q = HiddenLabel(rounds=20).posterior(evidence)
     assert abs(float(1 - q.gather(1, y[:, None]).mean()) - float((y != true).double().mean())) < 0.02
     right = q.gather(1, y[:, None])[:, 0]
     for low, high in ((0.0, 0.2), (0.2, 0.8), (0.8, 1.0)):  # calibrated
         here = (right >= low) & (right <= high)
-        assert abs(float(right[here].mean()) - float((y == true)[here].double().mean())) < 0.04
+        assert abs(float(right[here].mean()) - float((y == true)[here].double().mean())) < 0.06
     own = label_quality(p, y)
-    assert average_precision(-right, y != true) > average_precision(-own, y != true)
+    assert average_precision(-right, y != true) > average_precision(-own, y != true) + 0.05
+
+
+# --- the kernel machine ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("landmarks", [1500, 25])
+def test_leaving_out_in_closed_form_is_training_without(monkeypatch, landmarks):
+    monkeypatch.setattr("smidgen.refine.kernel.LANDMARKS", landmarks)
+    generator = torch.Generator().manual_seed(0)
+    x, targets = torch.randn(60, 5, generator=generator), torch.rand(60, 3, generator=generator)
+    groups = torch.tensor([*range(57), 3, 3, 8])
+    machine, ridge = KernelMachine(x, groups), 0.5
+    said = machine.without(targets, ridge)
+    for left in ([0], [3, 57, 58], [8, 59], [20]):
+        others = [i for i in range(60) if i not in left]
+        p = machine.p[others].double()
+        w = torch.linalg.solve(p.mT @ p + ridge * torch.eye(p.shape[1]), p.mT @ targets[others].double())
+        assert torch.allclose(machine.p[left].double() @ w, said[left].double(), atol=1e-3)
+
+
+def test_all_landmarks_give_the_kernel_itself():
+    x = F.normalize(torch.randn(40, 5, generator=torch.Generator().manual_seed(0)), dim=1)
+    machine, squared = KernelMachine(x), torch.cdist(x, x) ** 2
+    assert torch.allclose(machine.p @ machine.p.mT, torch.exp(-squared / squared.median()), atol=1e-3)
 
 
 # --- neighbours, outsiders, pictures ---------------------------------------------------------------------------------
@@ -163,7 +190,7 @@ def test_duplicates_do_not_vouch_for_each_other():
 def test_outsiders_are_found_and_none_among_others():
     generator = torch.Generator().manual_seed(0)
     y = torch.arange(500) % 5
-    x = 3 * F.one_hot(y, 32) + torch.randn(500, 32, generator=generator) * 0.5
+    x = 3 * F.one_hot(y, 32) + torch.randn(500, 32, generator=generator) * 0.3
     assert int(Outliers().flagged(Evidence(x, y, 5)).sum()) == 0
     x[7:10] = 3 * torch.randn(3, 32, generator=generator)
     evidence = Evidence(x, y, 5)
@@ -174,12 +201,14 @@ def test_outsiders_are_found_and_none_among_others():
 
 def test_blank_and_blurred_pictures(patches):
     odd = patches[:200].clone()
-    odd[3] = 200
-    smooth = F.avg_pool2d(odd[150].movedim(-1, 0)[None].float(), 9, 1, 4)[0].movedim(0, -1)
-    odd[150] = smooth.byte()
+    plain = picture_quality(odd).blank
+    first, second = (~plain).nonzero()[[10, 60], 0].tolist()
+    odd[first] = 200
+    smooth = F.avg_pool2d(odd[second].movedim(-1, 0)[None].float(), 9, 1, 4)[0].movedim(0, -1)
+    odd[second] = smooth.byte()
     before, after = picture_quality(patches[:200]), picture_quality(odd)
-    assert after.blank.nonzero()[:, 0].tolist() == [3] and float(after.score()[3]) == 0 and not before.blank.any()
-    assert float(after.sharpness[150]) < float(before.sharpness[150]) / 2
+    assert (after.blank & ~plain).nonzero()[:, 0].tolist() == [first] and float(after.score()[first]) == 0
+    assert float(after.sharpness[second]) < float(before.sharpness[second]) / 2
 
 
 # --- duplicates ------------------------------------------------------------------------------------------------------
@@ -193,6 +222,7 @@ def saved(pixels, quality):
 
 def test_planted_duplicates_are_all_found_and_none_besides(patches):
     assert find_duplicates(patches, torch.zeros(len(patches), dtype=torch.int64)) == []
+    patches = patches[~picture_quality(patches).blank]  # plain sky is nobody's likeness
     brighter = (patches[30].float() * 1.15 + 8).clamp(0, 255).byte()
     planted = {10: patches[10], 20: saved(patches[20], 75), 30: brighter, 40: patches[40].roll(0)}
     n = len(patches)
@@ -210,7 +240,7 @@ def test_planted_duplicates_are_all_found_and_none_besides(patches):
     assert group_numbers(found, len(pixels))[[10, n, 20, n + 1, 5]].tolist() == [10, 10, 20, 20, 5]
     better = torch.zeros(len(pixels))
     better[n + 1] = 1
-    assert find_duplicates(pixels, y, quality=better)[2].keep == n + 1
+    assert find_duplicates(pixels, y, quality=better)[1].keep == n + 1
 
 
 def test_a_moved_picture_is_found_by_its_embedding(patches):
@@ -279,24 +309,36 @@ def test_the_share_of_planted_likes(share):
         planted_share(met, planted[:5])
 
 
-def test_planting_follows_the_confusions():
+def test_planting_changes_what_it_says():
     y = torch.arange(3000) % 3
-    t = torch.tensor([[0.8, 0.0, 0.1], [0.2, 1.0, 0.3], [0.0, 0.0, 0.6]])  # 0 is called 1, 2 is called 0 or 1
-    new, planted = plant(y, t, 0.2)
-    assert int(planted.sum()) == 600 and torch.equal(new != y, planted)
-    assert float((new[planted & (y == 0)] == 1).float().mean()) > 0.95
-    assert 0.6 < float((new[planted & (y == 2)] == 1).float().mean()) < 0.85
-    again, _ = plant(y, t, 0.2)
-    other, _ = plant(y, t, 0.2, seed=1)
-    assert torch.equal(new, again) and not torch.equal(new, other)
+    new, planted = plant(y, 3, 0.2)
+    assert int(planted.sum()) == 600 and torch.equal(new != y, planted) and set(new.tolist()) == {0, 1, 2}
+    assert torch.equal(new, plant(y, 3, 0.2)[0]) and not torch.equal(new, plant(y, 3, 0.2, seed=1)[0])
 
 
-def test_weights_are_those_of_logistic_regression_and_not_negative():
+def test_stacking_finds_the_pool_that_made_the_labels():
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3000, 3, generator=generator, dtype=torch.float64)
-    planted = torch.rand(3000, generator=generator) < torch.sigmoid(1.5 * x[:, 0] - x[:, 1] - 1)
-    weights, bias = suspicion(x, planted)
-    assert abs(float(weights[0]) - 1.5) < 0.25 and weights[1] == 0 and abs(bias + 1) < 0.25
+    logs = 2 * torch.randn(3, 20_000, 4, generator=generator, dtype=torch.float64)
+    y = torch.multinomial(pool(logs, torch.tensor([0.8, 0.3, 0.0], dtype=torch.float64)), 1, generator=generator)[:, 0]
+    assert torch.allclose(stacking(logs, y), torch.tensor([0.8, 0.3, 0.0], dtype=torch.float64), atol=0.03)
+    against = torch.cat([logs[:2], -logs[:1]])  # who says the opposite is not listened to, nor turned round
+    weights = stacking(against, y)
+    assert float(weights.min()) >= 0 and float(weights[0] - weights[2]) > 0.7
+
+
+def test_the_slope_of_a_logistic_regression():
+    generator = torch.Generator().manual_seed(0)
+    s = 2 * torch.randn(20_000, generator=generator, dtype=torch.float64)
+    planted = torch.rand(20_000, generator=generator) < torch.sigmoid(1.5 * s - 1)
+    assert abs(float(regression(s, planted)) - 1.5) < 0.08
+    assert 1 < float(regression(s, s > 0)) < 1000 and float(regression(s, s < 0)) == 0  # separable; the wrong way round
+
+
+def test_probabilities_get_the_mean_wanted_and_keep_their_order():
+    odds = 5 * torch.randn(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for share in (0.001, 0.2, 0.9):
+        p = with_mean(odds, share)
+        assert abs(float(p.mean()) - share) < 1e-6 and torch.equal(p.argsort(), odds.argsort())
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.2, 0.4])
@@ -308,13 +350,14 @@ def test_planted_noise_is_ranked_above_cleanlabs_ranking(digits, rate):
     found = Ensemble()(evidence)
     default = rank.get_label_quality_scores(y.numpy(), evidence.out_of_fold.double().numpy())
     theirs, ours = average_precision(-torch.from_numpy(default), wrong), average_precision(found.wrong, wrong)
-    assert ours > theirs + 0.003, (ours, theirs)
+    assert ours > theirs + 0.01, (ours, theirs)
     flags = found.wrong > 0.5
     assert float(wrong[flags].float().mean()) > 0.9 and float(flags[wrong].float().mean()) > 0.9
-    assert abs(found.share - rate) < 0.1
+    assert abs(found.share - rate) < 0.05
     assert float((found.proposed == true)[flags].float().mean()) > 0.85
-    sure = found.confidence > 0.9
-    assert float((found.proposed == true)[sure].float().mean()) > 0.93
+    sure = found.confidence > 0.8
+    assert int(sure.sum()) > 0.4 * int(wrong.sum())
+    assert float((found.proposed == true)[sure].double().mean()) > 0.9
 
 
 def test_nothing_planted_nothing_found(digits):
@@ -325,6 +368,6 @@ def test_nothing_planted_nothing_found(digits):
 
 def test_all_members_score_in_0_to_1_and_repeat_themselves(digits):
     x, y = digits[0][:200], digits[1][:200]
-    for method in (*MEMBERS.values(), *(m() for m in DETECTORS.values()), LabelQuality("normalised-margin")):
+    for method in (KNNShapley(), *(m() for m in DETECTORS.values()), LabelQuality("normalised-margin")):
         first, second = method(Evidence(x, y, 10)), method(Evidence(x, y, 10))
         assert torch.equal(first.score, second.score) and float(first.score.min()) >= 0 and float(first.score.max()) <= 1

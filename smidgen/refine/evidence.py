@@ -7,7 +7,7 @@ A method is a frozen dataclass of its hyper-parameters: method(evidence) -> Scor
 y. Duplicates share a number in `groups`: a fold never holds one and trains on the other.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
@@ -17,7 +17,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from smidgen.errors import UserError
-from smidgen.refine.heads import STEPS, Compression, FoldHeads, best_decay, folds
+from smidgen.refine.heads import STEPS, Compression, best_decay, folds, predictions
+from smidgen.refine.kernel import KernelMachine
 
 Need = Literal["validation", "probabilities", "dynamics"]
 FOLDS, REPEATS = 5, 3
@@ -25,7 +26,7 @@ FOLDS, REPEATS = 5, 3
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """All on one device. What several methods make of it is made once: components, decay, heads of the folds."""
+    """All on one device. What several methods make of it is made once: components, a kernel machine, probabilities."""
 
     x: Float[Tensor, "n d"] = field(repr=False)
     y: Int[Tensor, "n"] = field(repr=False)
@@ -72,14 +73,26 @@ class Evidence:
         """Of linear heads: the one with the least out-of-fold loss."""
         return best_decay(self.components, self.targets, self.inside[:, :FOLDS])
 
-    def fold_heads(self) -> FoldHeads:
-        """New ones, not trained."""
-        return FoldHeads(self.components, self.inside, self.decay, self.classes)
-
     @cached_property
     def out_of_fold(self) -> Float[Tensor, "n classes"]:
         """Probabilities given, or those of linear heads that saw neither the image nor its duplicates (notes 4.1)."""
-        return self.fold_heads()(self.targets, 2 * STEPS) if self.probabilities is None else self.probabilities
+        if self.probabilities is not None:
+            return self.probabilities
+        total = torch.zeros_like(self.targets)
+        for part, p in predictions(self.components, self.targets, self.inside.to(total.dtype), self.decay, 2 * STEPS):
+            total += (p * ~self.inside[:, part, None]).sum(1)
+        return total / REPEATS
+
+    @cached_property
+    def machine(self) -> KernelMachine:
+        """Of the components, whatever the labels."""
+        return KernelMachine(self.components[:, :-1], self.groups, self.seed)
+
+    def with_labels(self, y: Int[Tensor, "n"]) -> "Evidence":
+        """The same images; what does not depend on labels is not made again."""
+        other = replace(self, y=y)
+        other.__dict__.update(components=self.components, machine=self.machine)  # where cached properties lie
+        return other
 
 
 @dataclass(frozen=True)

@@ -120,24 +120,6 @@ def predictions(
 # --- folds -----------------------------------------------------------------------------------------------------------
 
 
-class FoldHeads:
-    """Heads of all folds of all repeats; asked for probabilities, they train on, on the targets they are given.
-
-    `inside` marks what each may train on, as `folds` makes it.
-    """
-
-    def __init__(self, x: Float[Tensor, "n k"], inside: Bool[Tensor, "n heads"], decay: float, classes: int) -> None:
-        self.x, self.outside = x, ~inside
-        self.parts = list(in_parts(x, inside.to(x.dtype), decay, classes))
-
-    def __call__(self, targets: Float[Tensor, "n classes"], steps: int = STEPS) -> Float[Tensor, "n classes"]:
-        """Probabilities of every image by heads that saw neither it nor its duplicates, averaged over repeats."""
-        total = torch.zeros_like(targets)
-        for part, heads in self.parts:
-            total += (heads.fit(targets, steps).probabilities(self.x) * self.outside[:, part, None]).sum(1)
-        return total / self.outside.sum(1, keepdim=True)
-
-
 def best_decay(x: Float[Tensor, "n k"], targets: Float[Tensor, "n classes"], inside: Bool[Tensor, "n heads"]) -> float:
     """The decay with the least cross-entropy of what a head did not train on."""
     weights = inside.to(x.dtype).repeat_interleave(len(DECAYS), 1)  # head by head, every decay

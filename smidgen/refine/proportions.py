@@ -10,7 +10,7 @@ which zero is no clean cut. Where one distribution describes them as well (BIC),
     share <= min over cuts t of G(score <= t) / F(score <= t)
 
 for where the good ones leave the low end alone the ratio is the share itself. Both sides are counts, so G is moved up and F down by
-a standard error: the smallest ratio of many would otherwise be the luckiest.
+two standard errors: the smallest ratio of many would otherwise be the luckiest.
 """
 
 import math
@@ -89,7 +89,7 @@ def planted_share(met: Float[Tensor, "n"], planted: Float[Tensor, "m"]) -> float
     """Share of bad ones among the scores met (low is suspicious), given scores of `planted` bad ones.
 
     >>> planted_share(torch.cat([torch.zeros(100), torch.ones(900)]), torch.zeros(400))  # a tenth, and two standard errors
-    0.119...
+    0.12...
     """
     if len(planted) < LEAST:
         raise UserError(f"a share cannot be estimated from {len(planted)} planted examples; {LEAST} or more are needed")

@@ -1,51 +1,42 @@
-"""Wrong labels by several detectors, weighed by how well they find errors that we plant.
+"""Wrong labels by several opinions of one picture, none of which was taught by that picture.
 
-    1   every detector scores the given labels
-    2   some labels are flipped on purpose, as the set's own confusions suggest; every detector scores those labels, several times over
-    3   logistic regression tells planted labels from the others by the detectors' scores; no weight is negative, so that a detector that
-        calls a label bad never speaks for it
-    4   the same regression is applied to 1
+    log p_i = sum_m w_m log p_i^m + const          opinions m: a kernel machine without image i (kernel.py), its neighbours' votes, and
+                                                   the probabilities given, where there are some
 
-Among the "others" of 3 there are the set's own errors. That lowers the probability of being planted but keeps its order, as long as planted
-errors look like the set's own; this is learning from positive and unlabelled examples (Elkan and Noto, KDD 2008). With r(s) the
-regression's ratio of densities, planted over others, and `share` the part of the set that is wrong (proportions.planted_share)
+The weights w, none negative, are those that give the labels the least cross-entropy: an opinion counts as far as it helps to predict labels
+it has not seen (stacking, Wolpert 1992; the pool is Hinton's product of experts). Wrong labels hardly sway that choice, for nobody can
+predict them. s_i = -logit p_i,y_i is how surprising a label is, and
 
-    P(wrong | s) = share * r(s)
+    P(wrong | s) = sigmoid(a s + c)
 
-No true label is needed, or used. The label proposed is the likeliest other one under the hidden-label model (noise.py).
+a is that of a logistic regression that tells labels we flipped from the others; c is such that the mean of P is the share of wrong labels
+that the confident joint of p estimates (mislabeled.py). No true label is needed, or used.
+
+Weights from planted errors were tried and left: a detector looks good at finding the errors one thinks of planting, and people make others
+(dev/log.md). Planted errors set the slope alone, which changes no ranking.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from smidgen.refine.detectors.mislabeled import LabelQuality
-from smidgen.refine.detectors.noise import HiddenLabel, confusions
+from smidgen.errors import UserError
+from smidgen.refine.detectors.mislabeled import confident_joint
 from smidgen.refine.detectors.votes import Votes
-from smidgen.refine.evidence import Evidence, Method
-from smidgen.refine.proportions import planted_share
-from smidgen.refine.valuation.data_oob import DataOOB
-from smidgen.refine.valuation.knn_shapley import KNNShapley
+from smidgen.refine.evidence import Evidence
 
-MEMBERS: Mapping[str, Method] = {
-    "self-confidence": LabelQuality("self-confidence"),
-    "hidden-label": HiddenLabel(),
-    "data-oob": DataOOB(credit="probability"),
-    "votes": Votes(),
-    "knn-shapley": KNNShapley(),
-}
-LEAST, MOST = 0.05, 0.2  # of the labels, planted
-RIDGE = 1e-3  # of the regression
-EXTREME = 1e-4  # scores are brought inside (EXTREME, 1 - EXTREME), where a logit is finite
+LEAST = 1e-6  # of an opinion: a vote may be unanimous
+RATE = 0.1  # of the labels, planted
+VOTES = Votes(50, 0.2)
 
 
 @dataclass(frozen=True)
 class WrongLabels:
-    """What the detectors found together; one entry per image."""
+    """What was found; one entry per image."""
 
     wrong: Float[Tensor, "n"] = field(repr=False)
     "Probability that the given label is wrong."
@@ -54,83 +45,138 @@ class WrongLabels:
     confidence: Float[Tensor, "n"] = field(repr=False)
     "Probability that the proposal is right."
     scores: Mapping[str, Float[Tensor, "n"]] = field(repr=False)
-    "Of every detector, in [0, 1], low is suspicious; `wrong-label` is 1 - wrong."
+    "What every opinion gives the label, in [0, 1], low is suspicious; `wrong-label` is 1 - wrong."
     weights: Mapping[str, float]
-    "Of the detectors' standardised scores."
+    "Of the opinions."
     share: float
     "Estimated part of the labels that is wrong."
 
 
 @dataclass(frozen=True)
 class Ensemble:
-    """Detectors and how they are weighed."""
+    """Opinions pooled; seconds for some thousand images."""
 
-    members: Mapping[str, Method] = field(default_factory=lambda: MEMBERS)
     plantings: int = 2
+    "Times that labels are flipped to find the slope."
 
     def __call__(self, evidence: Evidence) -> WrongLabels:
-        """Scores every image as often as there are plantings, and once more."""
-        evidence = replace(evidence, x=evidence.components[:, :-1])  # compressed once for all plantings
-        n, y = len(evidence.y), evidence.y
-        scores = {name: method(evidence).score for name, method in self.members.items()}
-        q = HiddenLabel().posterior(evidence)
-        met = logits(scores)
-        features, targets = [], []
-        for changed, planted in self.plantings_of(evidence, q):
-            features.append(logits({name: method(changed).score for name, method in self.members.items()}))
-            targets.append(planted)
-        middle, spread = met.mean(0), met.std(0).clamp(min=1e-6)
-        seen, planted = (torch.cat(features) - middle) / spread, torch.cat(targets)
-        weights, bias = suspicion(-seen, planted)
-        log_odds = -((met - middle) / spread) @ weights
-        share = planted_share(-log_odds, seen[planted] @ weights)
-        prior = float(planted.double().mean())
-        ratio = torch.exp((log_odds + bias).clamp(max=50)) * (1 - prior) / prior
-        wrong = (share * ratio).clamp(max=1 - 1 / n)
-        other = q.scatter(1, y[:, None], 0)
-        confidence, proposed = (other / other.sum(1, keepdim=True).clamp(min=1e-12)).max(1)
-        named = dict(zip(scores, weights.tolist(), strict=True))
-        order = {name: s for name, s in scores.items()} | {"wrong-label": 1 - wrong.to(evidence.x.dtype)}
-        return WrongLabels(wrong.to(evidence.x.dtype), proposed, confidence * wrong.to(confidence), order, named, share)
+        """P(wrong) of every image, and what to put instead."""
+        if self.plantings < 1:
+            raise UserError(f"the slope of P(wrong) needs labels planted once or more, got {self.plantings}")
+        y, named = evidence.y, opinions(evidence)
+        logs = stacked(named)
+        weights = stacking(logs, y)
+        p = pool(logs, weights)
+        surprise = surprises(p, y)
+        joint = confident_joint(p, y)
+        share = float(1 - joint.trace() / joint.sum())
+        wrong = with_mean(self.slope(evidence, weights) * surprise, share)
+        floor = share / (evidence.classes - 1)  # what labels flipped at random would give every class
+        other = (p - floor).clamp(min=0).scatter(1, y[:, None], 0)
+        chance, proposed = (other / other.sum(1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)).max(1)
+        scores = {name: own(q, y).to(evidence.x.dtype) for name, q in named.items()} | {"wrong-label": (1 - wrong).to(evidence.x.dtype)}
+        named_weights = dict(zip(named, weights.tolist(), strict=True))
+        return WrongLabels(
+            wrong.to(evidence.x.dtype), proposed, (chance * wrong).to(evidence.x.dtype), scores, named_weights, share
+        )  # fmt: skip
 
-    def plantings_of(self, evidence: Evidence, q: Float[Tensor, "n classes"]) -> Iterator[tuple[Evidence, Bool[Tensor, "n"]]]:
-        """The evidence with labels planted, and which they are."""
-        wrong = 1 - q.gather(1, evidence.y[:, None])[:, 0]
-        rate = min(max(float(wrong.mean()), LEAST), MOST)
+    def slope(self, evidence: Evidence, weights: Float[Tensor, "m"]) -> float:
+        """a: how fast planted labels outnumber others as labels surprise more."""
+        surprise, which = [], []
         for r in range(self.plantings):
-            y, planted = plant(evidence.y, confusions(q, evidence.y), rate, evidence.seed + r)
-            yield replace(evidence, y=y), planted
+            y, planted = plant(evidence.y, evidence.classes, RATE, evidence.seed + r)
+            surprise.append(surprises(pool(stacked(opinions(evidence.with_labels(y))), weights), y))
+            which.append(planted)
+        return float(regression(torch.cat(surprise), torch.cat(which)))
 
 
-def plant(
-    y: Int[Tensor, "n"], t: Float[Tensor, "classes classes"], rate: float, seed: int = 0
-) -> tuple[Int[Tensor, "n"], Bool[Tensor, "n"]]:
-    """A part of the labels changed, each to another class as often as t confuses it with that; and which were."""
+def opinions(evidence: Evidence) -> dict[str, Float[Tensor, "n classes"]]:
+    """Probabilities of every class by name, each without the image it is about."""
+    machine, targets = evidence.machine, evidence.targets
+    found = {"kernel": machine.probabilities(targets, machine.best(targets)), "votes": VOTES.shares(evidence, targets)}
+    return found if evidence.probabilities is None else found | {"probabilities": evidence.probabilities}
+
+
+def stacked(named: Mapping[str, Float[Tensor, "n classes"]]) -> Float[Tensor, "m n classes"]:
+    """Their logarithms, float64."""
+    return torch.stack([p.double().clamp(min=LEAST).log() for p in named.values()])
+
+
+def pool(logs: Float[Tensor, "m n classes"], weights: Float[Tensor, "m"]) -> Float[Tensor, "n classes"]:
+    """p."""
+    return (weights[:, None, None] * logs).sum(0).softmax(1)
+
+
+def stacking(logs: Float[Tensor, "m n classes"], y: Int[Tensor, "n"]) -> Float[Tensor, "m"]:
+    """The weights with the least cross-entropy, by Newton steps among those not negative (a convex problem of few unknowns)."""
+    targets = F.one_hot(y, logs.shape[2]).to(logs.dtype)
+    w = logs.new_full((len(logs),), 1 / len(logs))
+    loss = _cross_entropy(logs, w, targets)
+    for _ in range(50):
+        p = pool(logs, w)
+        mean = (p * logs).sum(2)  # (m, n)
+        gradient = ((p - targets) * logs).sum((1, 2)) / len(y)
+        centred = logs - mean[..., None]
+        hessian = torch.einsum("anc,nc,bnc->ab", centred, p, centred) / len(y)
+        free = (w > 0) | (gradient < 0)
+        step = torch.zeros_like(w)
+        ridge = 1e-9 * torch.eye(int(free.sum()), dtype=w.dtype, device=w.device)
+        step[free] = torch.linalg.solve(hessian[free][:, free] + ridge, gradient[free])
+        for halvings in range(20):
+            new = (w - step * 0.5**halvings).clamp(min=0)
+            lower = _cross_entropy(logs, new, targets)
+            if lower < loss:
+                break
+        else:
+            return w
+        w, loss = new, lower
+    return w
+
+
+def _cross_entropy(logs: Tensor, w: Tensor, targets: Tensor) -> float:
+    return float(-(targets * (w[:, None, None] * logs).sum(0).log_softmax(1)).sum(1).mean())
+
+
+def own(p: Float[Tensor, "n classes"], y: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
+    """What p gives the label."""
+    return p.gather(1, y[:, None])[:, 0]
+
+
+def surprises(p: Float[Tensor, "n classes"], y: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
+    """s = -logit p_y."""
+    return -torch.logit(own(p, y).double(), 1e-9)
+
+
+def plant(y: Int[Tensor, "n"], classes: int, rate: float, seed: int = 0) -> tuple[Int[Tensor, "n"], Bool[Tensor, "n"]]:
+    """A part of the labels changed, each to any other class; and which were."""
     generator = torch.Generator().manual_seed(seed)
     planted = torch.zeros(len(y), dtype=torch.bool)
-    planted[torch.randperm(len(y), generator=generator)[: round(rate * len(y))]] = True
-    chances = (t.cpu() + 0.01 / len(t)).fill_diagonal_(0)  # a table without confusions: any other class
-    drawn = torch.multinomial(chances.mT[y.cpu()[planted]].float(), 1, generator=generator)[:, 0]
+    planted[torch.randperm(len(y), generator=generator)[: max(1, round(rate * len(y)))]] = True
+    moved = torch.randint(1, classes, (len(y),), generator=generator).to(y.device)
     planted = planted.to(y.device)
-    return y.masked_scatter(planted, drawn.to(y)), planted
+    return torch.where(planted, (y + moved) % classes, y), planted
 
 
-def logits(scores: Mapping[str, Float[Tensor, "n"]]) -> Float[Tensor, "n members"]:
-    """Of scores, float64: where scores crowd at 0 and 1 they are told apart."""
-    s = torch.stack(list(scores.values()), 1).double().clamp(EXTREME, 1 - EXTREME)
-    return torch.logit(s)
+def regression(s: Float[Tensor, "n"], planted: Bool[Tensor, "n"]) -> Float[Tensor, ""]:
+    """The slope of a logistic regression, by Newton's method; as Platt's, with targets moved inside (0, 1) so that it is finite."""
+    ones = int(planted.sum())
+    targets = torch.where(planted, (ones + 1) / (ones + 2), 1 / (len(planted) - ones + 2)).to(s.dtype)
+    x = torch.stack([s, torch.ones_like(s)], 1)
+    w = x.new_zeros(2)
+    for _ in range(50):
+        p = torch.sigmoid(x @ w)
+        hessian = (x * (p * (1 - p))[:, None]).mT @ x / len(x) + 1e-6 * torch.eye(2, dtype=x.dtype, device=x.device)
+        step = torch.linalg.solve(hessian, x.mT @ (p - targets) / len(x))
+        w = w - step * min(1.0, 2.0 / float(step.abs().max().clamp(min=1e-12)))  # far from the minimum Newton's steps overshoot
+        if float(step.abs().max()) < 1e-9:
+            break
+    return w[0].clamp(min=0)
 
 
-def suspicion(features: Float[Tensor, "n members"], planted: Bool[Tensor, "n"]) -> tuple[Float[Tensor, "members"], float]:
-    """Weights, none negative, and bias of a logistic regression, by accelerated projected gradients."""
-    x = F.pad(features, (0, 1), value=1.0)
-    target = planted.to(x.dtype)
-    rate = 1 / (float(torch.linalg.eigvalsh(x.mT @ x / len(x))[-1]) / 4 + RIDGE)
-    w = ahead = x.new_zeros(x.shape[1])
-    for step in range(500):
-        gradient = x.mT @ (torch.sigmoid(x @ ahead) - target) / len(x) + RIDGE * F.pad(ahead[:-1], (0, 1))
-        new = ahead - rate * gradient
-        new[:-1].clamp_(min=0)
-        ahead = new + step / (step + 3) * (new - w)
-        w = new
-    return w[:-1], float(w[-1])
+def with_mean(log_odds: Float[Tensor, "n"], share: float) -> Float[Tensor, "n"]:
+    """Probabilities in the order of the odds, with this mean: all odds are moved by one number, found by bisection."""
+    low, high = -float(log_odds.max()) - 50, -float(log_odds.min()) + 50
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if float(torch.sigmoid(log_odds + middle).mean()) < share else (low, middle)
+    return torch.sigmoid(log_odds + low)

@@ -44,6 +44,20 @@ class LabelQuality:
         return Scores(quality, quality)
 
 
+@dataclass(frozen=True)
+class KernelQuality:
+    """The same by a kernel machine trained without the image: for embeddings in which classes are no half-spaces."""
+
+    kind: Quality = "self-confidence"
+    needs: ClassVar[tuple[Need, ...]] = ()
+
+    def __call__(self, evidence: Evidence) -> Scores:
+        """Quality, its own score."""
+        machine, targets = evidence.machine, evidence.targets
+        quality = label_quality(machine.probabilities(targets, machine.best(targets)), evidence.y, self.kind)
+        return Scores(quality, quality)
+
+
 def label_quality(p: Float[Tensor, "n classes"], y: Int[Tensor, "n"], kind: Quality = "self-confidence") -> Float[Tensor, "n"]:
     """In [0, 1].
 

@@ -4,15 +4,15 @@
 
     given i <- true j <- picture x          P(given i | x) = sum_j T_ij p_j(x)
 
-    E   q_nj = T_{y_n j} p_j(x_n) / sum_k T_{y_n k} p_k(x_n)          p(x_n) of heads that did not see image n
-    M   T_ij = sum_{n: y_n = i} q_nj / sum_n q_nj;   the heads are trained again, on q instead of y
+    E   q_nj = T_{y_n j} p_j(x_n) / sum_k T_{y_n k} p_k(x_n)          p(x_n) of a machine trained without image n (kernel.py)
+    M   T_ij = sum_{n: y_n = i} q_nj / sum_n q_nj;   the machine is trained again, on q instead of y
 
 It begins with T of the confident joint (mislabeled.py). 1 - q_y is the probability that the label is wrong, argmax q the label proposed,
-its q the confidence. Where the labels are right T is the identity, and nothing is proposed. What confident learning does not have: heads
+its q the confidence. Where the labels are right T is the identity, and nothing is proposed. What confident learning does not have: machines
 that no longer learn the wrong labels, and a prior for which confusions are usual.
 
-Probabilities that were given stay as they are; T alone is learned then. A few rounds only: q teaches the heads that make q, so that errors
-shared by all of a cluster would in the end be believed.
+Probabilities that were given stay as they are; T alone is learned then. A few rounds only: q teaches the machine that makes q, so that
+errors shared by all of a cluster would in the end be believed.
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ PRIOR = 1e-4  # least of T: no confusion is impossible
 
 @dataclass(frozen=True)
 class HiddenLabel:
-    """Out-of-fold heads and a table of confusions, taught by each other."""
+    """A machine and a table of confusions, taught by each other."""
 
     rounds: int = 4
     needs: ClassVar[tuple[Need, ...]] = ()
@@ -42,12 +42,13 @@ class HiddenLabel:
 
     def posterior(self, evidence: Evidence) -> Float[Tensor, "n classes"]:
         """q."""
-        p = evidence.out_of_fold
+        given, machine, targets = evidence.probabilities, evidence.machine, evidence.targets
+        fit = machine.best(targets)
+        p = machine.probabilities(targets, fit) if given is None else given
         t = flipping(confident_joint(p, evidence.y))
         q = explained(p, evidence.y, t)
-        heads = None if evidence.probabilities is not None else evidence.fold_heads()
         for _ in range(self.rounds):
-            p = p if heads is None else heads(q)
+            p = machine.probabilities(q.to(targets.dtype), fit) if given is None else given
             q = explained(p, evidence.y, t)
             t = confusions(q, evidence.y)
         return q

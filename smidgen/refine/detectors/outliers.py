@@ -17,7 +17,7 @@ from torch import Tensor
 from smidgen.refine.evidence import Evidence, Need, Scores
 from smidgen.refine.neighbours import nearest
 
-EXPECTED = 0.1  # images of a clean set beyond the cut
+EXPECTED = 0.01  # images of a clean set beyond the cut
 
 
 @dataclass(frozen=True)

@@ -41,4 +41,4 @@ class Votes:
         centred = evidence.x - evidence.x.mean(0)  # features of a ReLU network all point the same way
         similarities, places = nearest(centred, self.k, evidence.groups)
         weights = torch.softmax(similarities.clamp(min=-2.0) / self.temperature, 1)
-        return (weights[..., None] * labels[places]).sum(1)
+        return (weights[..., None] * labels[places]).sum(1).clamp(max=1)
