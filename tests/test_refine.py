@@ -31,7 +31,7 @@ def given(tmp_path_factory) -> tuple[Path, dict[str, str]]:
     return root / "in", folders(root / "in", each=22, wrong=2, twins=1)
 
 
-QUICK = {"--embed": "pixels", "--size": "32", "--steps": "60", "--seeds": "2", "--budget": "240", "--device": "cpu"}
+QUICK = {"--embed": "pixels", "--size": "32", "--steps": "60", "--seeds": "1", "--budget": "240", "--device": "cpu"}
 
 
 def refined(source: Path, output: Path, *options: str) -> int:
@@ -61,7 +61,7 @@ def test_what_a_run_leaves(given, done):
     assert {row["path"] for row in found} == set(truth) and len(found) == metrics["images"] == 92
     assert list(found[0])[:5] == ["path", "verdict", "label", "proposed", "reason"]
     scores = [name for name in found[0] if name not in ("path", "verdict", "label", "proposed", "reason")]
-    assert {"data-oob", "knn-shapley", "wrong-label", "outlier", "judges"} <= set(scores)
+    assert {"data-oob", "knn-shapley", "wrong-label", "outlier", "probabilities"} <= set(scores)
     assert all(0 <= float(row[name]) <= 1 for row in found for name in scores)
     output = load(done, size=32)
     assert output.classes == CLASSES and len(output.labels) == metrics["output_images"]
@@ -88,14 +88,14 @@ def test_the_report_shows_every_decision(given, done):
 
 
 def test_a_run_that_stopped_goes_on(given, done, tmp_path, monkeypatch, capsys):
-    """Killed at the last network; the second time the others are not trained again, and the result is the same."""
+    """Stopped while a network was trained; the second time the others are not trained again, and the result is the same."""
     from smidgen.refine import classifier
 
     train, made = classifier.train, []
 
     def counted(*arguments, **options):
         made.append(arguments)
-        if len(made) == 10:
+        if len(made) == 7:
             raise KeyboardInterrupt
         return train(*arguments, **options)
 
@@ -105,7 +105,7 @@ def test_a_run_that_stopped_goes_on(given, done, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out" / "metrics.json").exists() and not (tmp_path / "out" / "findings.csv").exists()
     assert not [f for f in (tmp_path / "out").iterdir() if f.name in CLASSES], "nothing looks finished"
     assert refined(given[0], tmp_path / "out") == 0
-    whole = 5 + 2 * (1 + len([r for r in (done / "steps.jsonl").read_text().splitlines() if '"changed": true' in r]))
+    whole = 5 + (1 + len([r for r in (done / "steps.jsonl").read_text().splitlines() if '"changed": true' in r]))
     assert len(made) == whole + 1, "only the one that was stopped is begun again"
     for name in ("findings.csv", "augmented.csv"):
         assert (tmp_path / "out" / name).read_text() == (done / name).read_text()
@@ -119,7 +119,7 @@ def test_a_stage_that_does_not_help_is_undone(given, tmp_path, monkeypatch, caps
     from smidgen.refine.gate import Gain
 
     monkeypatch.setattr(Gain, "helps", False)
-    assert refined(given[0], tmp_path / "out", "--stages", "clean", "--seeds", "1", "--steps", "5") == 0
+    assert refined(given[0], tmp_path / "out", "--stages", "clean", "--steps", "5") == 0
     said = capsys.readouterr()
     assert "no stage helped: the output is the source as it was" in said.err
     metrics = json.loads(said.out.splitlines()[-1])
@@ -133,12 +133,12 @@ def test_stages_that_help_are_applied_to_all_images(given, tmp_path, monkeypatch
     from smidgen.refine.gate import Gain
 
     monkeypatch.setattr(Gain, "helps", True)
-    assert refined(given[0], tmp_path / "out", "--seeds", "1", "--steps", "80") == 0
+    assert refined(given[0], tmp_path / "out", "--steps", "80") == 0
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["stages_kept"] == ["value", "clean", "augment"] and metrics["output_images"] == 240
     gone = {row["path"]: row["verdict"] for row in rows(tmp_path / "out" / "findings.csv") if row["verdict"] != "keep"}
     wrong = {path for path, of in given[1].items() if of != path.split("/")[0]}
-    assert len(wrong & set(gone)) >= 6, f"8 are wrong, these go: {gone}"
+    assert len(wrong & set(gone)) >= 5, f"8 are wrong, these go: {gone}"
     assert {path for path, verdict in gone.items() if verdict == "duplicate"} & {f"{c}/{n}.png" for c in CLASSES for n in ("021", "twin0")}
     assert len(set(gone) - wrong) - 4 <= 4
     counts = np.bincount(load(tmp_path / "out", size=16).labels)
@@ -166,7 +166,7 @@ def test_validation_and_leaks(given, tmp_path):
     folders(held, each=8, seed=9)
     for name in CLASSES:
         (held / name / "leak.png").write_bytes((given[0] / name / "005.png").read_bytes())
-    assert refined(given[0], tmp_path / "out", "--validation", str(held), "--stages", "clean", "--seeds", "1", "--steps", "5") == 0
+    assert refined(given[0], tmp_path / "out", "--validation", str(held), "--stages", "clean", "--steps", "5") == 0
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["leaks"] == 4 and metrics["held_out_images"] == 32, "what is known by heart proves nothing"
 
@@ -186,7 +186,7 @@ def test_review(given, tmp_path, monkeypatch):
         return decisions.made
 
     monkeypatch.setattr(refine, "serve", person)
-    assert refined(given[0], tmp_path / "out", "--review", "--stages", "clean", "--seeds", "1", "--steps", "5") == 0
+    assert refined(given[0], tmp_path / "out", "--review", "--stages", "clean", "--steps", "5") == 0
     by_path = {row["path"]: row for row in rows(tmp_path / "out" / "findings.csv")}
     first = [by_path[item.path] for item in asked[:3]]
     assert [row["verdict"] for row in first] == ["drop", "relabel", "keep"] and all(row["reason"] == "by hand" for row in first)

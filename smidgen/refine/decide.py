@@ -10,7 +10,6 @@
 Of no class fewer than LEAST stay. Same pictures under different labels are nobody's to decide but a person's: they are first in the review.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -23,14 +22,15 @@ from torch import Tensor
 from smidgen.refine.cache import Cache
 from smidgen.refine.detectors import Ensemble, Outliers
 from smidgen.refine.detectors.quality import picture_quality
-from smidgen.refine.evidence import Evidence
+from smidgen.refine.evidence import Evidence, Method
 from smidgen.refine.folder import LEAST, Finding, Source, Verdict
+from smidgen.refine.valuation import DataOOB, KNNShapley
 
 Stage = Literal["value", "clean", "augment"]
+VALUES: Mapping[str, Method] = {"data-oob": DataOOB(), "knn-shapley": KNNShapley()}  # told, beside what decides
 STAGES: tuple[Stage, ...] = ("value", "clean", "augment")
 RELABEL, DROP = 0.8, 0.5
 TRUSTED = 0.3  # P(wrong) below which an image is learnt from and copied
-PLANTED = 500  # images divided among plantings of wrong labels, at least; few images are planted in more often
 SHOWN = 0.2  # P(wrong) from which a person should look at an image that is kept
 
 
@@ -80,10 +80,11 @@ def score(evidence: Evidence, squares: Tensor, cache: Cache) -> dict[str, Tensor
     """Scores and flags by name; `squares` are the pictures."""
 
     def make() -> dict[str, Tensor]:
-        found = Ensemble(plantings=max(2, math.ceil(PLANTED / len(evidence.y))))(evidence)
+        found = Ensemble()(evidence)
+        values = {name: method(evidence).score for name, method in VALUES.items()}
         quality = picture_quality(squares)
         outliers = Outliers()
-        scores = {**found.scores, "outlier": outliers(evidence).score, "picture": quality.score()}
+        scores = {**values, **found.scores, "outlier": outliers(evidence).score, "picture": quality.score()}
         return {f"score {name}": value.float() for name, value in scores.items()} | {
             "wrong": found.wrong,
             "proposed": found.proposed,
@@ -93,8 +94,9 @@ def score(evidence: Evidence, squares: Tensor, cache: Cache) -> dict[str, Tensor
             "blank": quality.blank,
         }
 
-    groups = torch.arange(len(evidence.y)) if evidence.groups is None else evidence.groups
-    return cache.kept("scores", (evidence.x, evidence.y, groups, squares, str(evidence.seed)), make)
+    assert evidence.groups is not None and evidence.probabilities is not None
+    made_of = (evidence.x, evidence.y, evidence.groups, evidence.probabilities, squares, str(evidence.seed))
+    return cache.kept("scores", made_of, make)
 
 
 def judged(rows: Int[np.ndarray, "m"], labels: Int[np.ndarray, "m"], scored: Mapping[str, Tensor], p: Float[Tensor, "m classes"]) -> Judged:
@@ -103,7 +105,6 @@ def judged(rows: Int[np.ndarray, "m"], labels: Int[np.ndarray, "m"], scored: Map
     index = np.arange(len(rows))
     agree = p.numpy()[index, arrays["proposed"]] > p.numpy()[index, labels]
     scores = {name.removeprefix("score "): value for name, value in arrays.items() if name.startswith("score ")}
-    scores["judges"] = p.numpy()[index, labels]
     wrong, proposed, confidence = (arrays[name] for name in ("wrong", "proposed", "confidence"))
     return Judged(
         rows,

@@ -68,12 +68,6 @@ def repeated(
     return decisions
 
 
-def even(x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-    """Centred, of mean squared length 1: neither of two kinds of features outweighs the other."""
-    centred = x - x.mean(0)
-    return centred / centred.square().sum(1).mean().sqrt().clamp(min=1e-12)
-
-
 @dataclass(frozen=True)
 class Stages:
     """The stages over one material."""
@@ -97,14 +91,14 @@ class Stages:
     def known(self, rows: Int[np.ndarray, "m"], judges: Judge, labels: Int[np.ndarray, "m"] | None = None) -> Judged:
         """Scores of some images, compared with each other; with other labels than those given, if there are any.
 
-        Detectors look at the embedding and at what the judges make of an image, none of which saw it: a frozen network that never met such
-        images and a small one that knows nothing else miss different things.
+        Opinions over the embedding and those of the judges are pooled: a frozen network that never met such images and a small one that
+        knows nothing else miss different things.
         """
         m, index = self.material, torch.from_numpy(rows)
         labels = m.source.labels[rows] if labels is None else labels
         p = judges.probabilities(m.x[index], rows.tolist())
-        x = torch.cat([even(m.features[index]), even(p.clamp(min=1e-3).log())], 1)
-        evidence = Evidence(x, torch.from_numpy(labels), m.classes, groups=m.groups[index], seed=self.seed)
+        y, groups = torch.from_numpy(labels), m.groups[index]
+        evidence = Evidence(m.features[index], y, m.classes, probabilities=p, groups=groups, seed=self.seed)
         return judged(rows, labels, score(evidence, m.source.images.pixels[index], self.cache), p)
 
     def apply(self, stages: Sequence[Stage], known: Judged, judges: Judge) -> Result:
