@@ -43,6 +43,7 @@ symbolic.command("smidgen.symbolic.train:command", name="train", help="Learn a t
 symbolic.command("smidgen.symbolic.evaluate:command", name="evaluate", help="Accuracy of a trained model, and what it does not answer.")
 symbolic.command("smidgen.symbolic.solve:command", name="solve", help="Answer a question, or say why not; --explain draws the grid.")
 symbolic.command("smidgen.symbolic.export:command", name="export", help="Write a trained model as ONNX, to run without torch.")
+app.command("smidgen.refine.refine:app", name="refine", help="Clean, balance and augment labelled images, and prove that it helps.")
 lab = App(name="lab", help="Controlled experiments.", result_action="return_value")
 app.command(lab)
 lab.command("smidgen.lab.ranges:command", name="ranges", help="Which way to write a learned range converges, oscillates or sticks.")

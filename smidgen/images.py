@@ -96,16 +96,10 @@ def load(
         raise UserError(f"the size of images must be positive, got {size}")
     if channels not in (None, 1, 3):
         raise UserError(f"images have 1 channel (grey) or 3 (colour), got {channels}")
-    if source.is_dir():
-        images = _from_files(str(source), _class_folders(source, split), size, channels, skip_bad)
-    elif not source.exists():
-        raise UserError(f"no such image folder or file: {source}")
-    elif source.suffix == ".npz":
+    if source.suffix == ".npz" and source.is_file():
         images = _from_arrays(source, split, size, channels)
-    elif source.suffix == ".csv":
-        images = _from_files(str(source), _listed(source, split), size, channels, skip_bad)
     else:
-        raise UserError(f"{source}: images come from a folder of class folders, a .npz or a .csv with the columns path,label")
+        images = _from_files(str(source), files(source, split), size, channels, skip_bad)
     for name, members in zip(images.classes, images.members, strict=True):
         if len(members) < least:
             count = {0: "no image", 1: "only 1 image"}.get(len(members), f"only {len(members)} images")
@@ -113,6 +107,18 @@ def load(
                 f"{source}: class {name!r} has {count} that can be read, {least} or more are needed; add some or remove the class"
             )
     return images
+
+
+def files(source: str | Path, split: str | None = None) -> dict[str, list[Path]]:
+    """Class -> its image files, of a folder of class folders or a .csv; none of them is opened."""
+    source = Path(source)
+    if not source.exists():
+        raise UserError(f"no such image folder or file: {source}")
+    if not source.is_dir() and source.suffix != ".csv":
+        raise UserError(f"{source}: images come from a folder of class folders, a .npz or a .csv with the columns path,label")
+    found = _class_folders(source, split) if source.is_dir() else _listed(source, split)
+    _distinct(str(source), found)
+    return found
 
 
 def unlabelled(source: str | Path, size: int | None = None, channels: int | None = None, skip_bad: bool = False) -> Images:

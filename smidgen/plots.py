@@ -131,7 +131,14 @@ def dots(series: Mapping[str, Points], x_label: str, y_label: str, title: str) -
         return _svg(figure, title)
 
 
-def heat_map(values: Sequence[Sequence[float]], rows: Sequence[str], columns: Sequence[str], title: str, y_label: str = "") -> str:
+def heat_map(
+    values: Sequence[Sequence[float]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    title: str,
+    y_label: str = "",
+    x_label: str = "predicted",
+) -> str:
     """A square per value in 0 .. 1, the darker the larger, 0 left blank; names are left out where there are more than fit."""
     with _style(title):
         height = min(8.5, 1.4 + 0.2 * len(rows))
@@ -140,7 +147,7 @@ def heat_map(values: Sequence[Sequence[float]], rows: Sequence[str], columns: Se
             for x, value in enumerate(row):
                 if value > 0:
                     axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=SERIES[0], alpha=min(1.0, value), linewidth=0))
-        axes.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5), aspect="equal", xlabel="predicted", ylabel=y_label)
+        axes.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5), aspect="equal", xlabel=x_label, ylabel=y_label)
         shown = len(rows) <= 40
         axes.set_xticks(range(len(columns)) if shown else [], [_label(name, 18) for name in columns] if shown else [], rotation=90)
         axes.set_yticks(range(len(rows)) if shown else [], [_label(name, 18) for name in rows] if shown else [])
@@ -247,6 +254,29 @@ def _css(color: str) -> str:
 def _visible(symbol: str) -> str:
     """Spaces and line ends as signs."""
     return {" ": "\u2423", "\n": "\u23ce"}.get(symbol, symbol)
+def gallery(pictures: Sequence[tuple[str | None, str, str, bool]], title: str) -> str:
+    """Small pictures in rows: (data URI or none, words below, what a pointer resting on it tells, whether framed in orange)."""
+    side, worded, across = 44, any(words for _, words, _, _ in pictures), 16
+    step, height = side + 10, side + (22 if worded else 10)
+    parts = []
+    for i, (uri, words, more, framed) in enumerate(pictures):
+        x, y = 4 + i % across * step, 4 + i // across * height
+        color = f"var(--series-1, {SERIES[1]})" if framed else f"var(--rule, {RULE})"
+        image = (
+            f'<image href="{escape(uri)}" x="{x}" y="{y}" width="{side}" height="{side}" style="image-rendering: pixelated"/>'
+            if uri
+            else ""
+        )
+        parts.append(
+            f"<g><title>{escape(more)}</title>{image}"
+            f'<rect x="{x - 1}" y="{y - 1}" width="{side + 2}" height="{side + 2}" fill="transparent" stroke="{color}" stroke-width="1.5"/>'
+            f'<text x="{x}" y="{y + side + 11}" font-size="8">{escape(words[:14])}</text></g>'
+        )
+    box, rows = across * step + 8, -(-len(pictures) // across)
+    return (
+        f'<svg role="img" aria-label="{escape(title)}" viewBox="0 0 {box} {rows * height + 8}" fill="var(--ink, {INK})" '
+        f'xmlns="http://www.w3.org/2000/svg">{"".join(parts)}</svg>'
+    )
 
 
 def _axes(width: float, height: float) -> tuple[Figure, Axes]:

@@ -20,6 +20,7 @@ from smidgen.report.finished import Finished
 from smidgen.report.learned_ranges import learned_ranges
 from smidgen.report.page import Page, render
 from smidgen.report.quantization import evaluation, quantization, summary
+from smidgen.report.refine import refinement
 from smidgen.report.run import generic, provenance
 from smidgen.report.symbolic import symbolic_evaluation, symbolic_export, symbolic_training
 from smidgen.report.training import training
@@ -35,6 +36,7 @@ JOBS = {
     "symbolic train": symbolic_training,
     "symbolic evaluate": symbolic_evaluation,
     "symbolic export": symbolic_export,
+    "refine": refinement,
 }
 
 
