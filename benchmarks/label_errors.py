@@ -21,6 +21,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -129,7 +130,7 @@ def rows(name: str, seed: int, options: argparse.Namespace) -> Iterator[dict]:
         seconds, started = time.process_time() - started, time.process_time()
         return shared | {"method": method, "cpu_seconds": round(seconds, 1)} | {k: round(v, 4) for k, v in figures.items()}
 
-    for method, suspicion in (*cleanlabs(evidence), *ours(evidence)) if options.all else cleanlabs(evidence):
+    for method, suspicion in chain(cleanlabs(evidence), ours(evidence) if options.all else ()):
         yield row(method, average_precision=average_precision(suspicion, wrong))
     found = Ensemble()(evidence)
     flags, weights = found.wrong > 0.5, {k: round(v, 2) for k, v in found.weights.items()}

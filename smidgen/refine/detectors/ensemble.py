@@ -9,11 +9,13 @@ predict them. s_i = -logit p_i,y_i is how surprising a label is, and
 
     P(wrong | s) = sigmoid(a s + c)
 
-a is that of a logistic regression that tells labels we flipped from the others; c is such that the mean of P is the share of wrong labels
-that the confident joint of p estimates (mislabeled.py). No true label is needed, or used.
+    P(true = j | wrong, s) ~ p_ij^b for j other than y_i
+
+a is that of a logistic regression that tells labels we flipped from the others, b the best at telling what they were before; c is such that
+the mean of P is the share of wrong labels that the confident joint of p estimates (mislabeled.py). No true label is needed, or used.
 
 Weights from planted errors were tried and left: a detector looks good at finding the errors one thinks of planting, and people make others
-(dev/log.md). Planted errors set the slope alone, which changes no ranking.
+(dev/log.md). Planted errors set a and b alone, which change no ranking.
 """
 
 from collections.abc import Mapping
@@ -31,6 +33,7 @@ from smidgen.refine.evidence import Evidence
 
 LEAST = 1e-6  # of an opinion: a vote may be unanimous
 RATE = 0.1  # of the labels, planted
+POWERS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)  # tried for b
 VOTES = Votes(50, 0.2)
 
 
@@ -57,12 +60,12 @@ class Ensemble:
     """Opinions pooled; seconds for some thousand images."""
 
     plantings: int = 2
-    "Times that labels are flipped to find the slope."
+    "Times that labels are flipped to find a and b."
 
     def __call__(self, evidence: Evidence) -> WrongLabels:
         """P(wrong) of every image, and what to put instead."""
         if self.plantings < 1:
-            raise UserError(f"the slope of P(wrong) needs labels planted once or more, got {self.plantings}")
+            raise UserError(f"P(wrong) needs labels planted once or more, got {self.plantings}")
         y, named = evidence.y, opinions(evidence)
         logs = stacked(named)
         weights = stacking(logs, y)
@@ -70,24 +73,25 @@ class Ensemble:
         surprise = surprises(p, y)
         joint = confident_joint(p, y)
         share = float(1 - joint.trace() / joint.sum())
-        wrong = with_mean(self.slope(evidence, weights) * surprise, share)
-        floor = share / (evidence.classes - 1)  # what labels flipped at random would give every class
-        other = (p - floor).clamp(min=0).scatter(1, y[:, None], 0)
-        chance, proposed = (other / other.sum(1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)).max(1)
+        slope, power = self.calibration(evidence, weights)
+        wrong = with_mean(slope * surprise, share)
+        chance, proposed = alternatives(p, y, power).max(1)
         scores = {name: own(q, y).to(evidence.x.dtype) for name, q in named.items()} | {"wrong-label": (1 - wrong).to(evidence.x.dtype)}
         named_weights = dict(zip(named, weights.tolist(), strict=True))
         return WrongLabels(
             wrong.to(evidence.x.dtype), proposed, (chance * wrong).to(evidence.x.dtype), scores, named_weights, share
         )  # fmt: skip
 
-    def slope(self, evidence: Evidence, weights: Float[Tensor, "m"]) -> float:
-        """a: how fast planted labels outnumber others as labels surprise more."""
-        surprise, which = [], []
+    def calibration(self, evidence: Evidence, weights: Float[Tensor, "m"]) -> tuple[float, float]:
+        """a and b: how fast planted labels outnumber others as labels surprise more, and how sharply p tells what they were."""
+        made = []
         for r in range(self.plantings):
             y, planted = plant(evidence.y, evidence.classes, RATE, evidence.seed + r)
-            surprise.append(surprises(pool(stacked(opinions(evidence.with_labels(y))), weights), y))
-            which.append(planted)
-        return float(regression(torch.cat(surprise), torch.cat(which)))
+            made.append((pool(stacked(opinions(evidence.with_labels(y))), weights), y, planted))
+        p, y, planted = (torch.cat(part) for part in zip(*made, strict=True))
+        before = evidence.y.repeat(self.plantings)[planted]
+        losses = {b: F.nll_loss(alternatives(p[planted], y[planted], b).clamp(min=LEAST).log(), before) for b in POWERS}
+        return float(regression(surprises(p, y), planted)), min(losses, key=lambda b: float(losses[b]))
 
 
 def opinions(evidence: Evidence) -> dict[str, Float[Tensor, "n classes"]]:
@@ -140,6 +144,11 @@ def _cross_entropy(logs: Tensor, w: Tensor, targets: Tensor) -> float:
 def own(p: Float[Tensor, "n classes"], y: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
     """What p gives the label."""
     return p.gather(1, y[:, None])[:, 0]
+
+
+def alternatives(p: Float[Tensor, "n classes"], y: Int[Tensor, "n"], power: float) -> Float[Tensor, "n classes"]:
+    """Chances of the other classes where the label is wrong; that of the label is 0."""
+    return (power * p.log().scatter(1, y[:, None], -torch.inf)).softmax(1)
 
 
 def surprises(p: Float[Tensor, "n classes"], y: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
