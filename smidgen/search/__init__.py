@@ -1,12 +1,12 @@
 """Search: describe what you need, get the feature.
 
-What lies in a folder of `smidgen search train` (the teacher; a sentence-transformers folder):
+What lies in RUN/artifact of `smidgen search train` (the teacher; a sentence-transformers folder):
 
     features.jsonl          what was learnt for, as `smidgen.search.features` reads it
     queries.jsonl           the training queries
     config.json, model.safetensors, tokenizer.json, modules.json, 1_Pooling/, 2_Normalize/ ...
 
-What lies in a folder of `smidgen search distill`, which a device reads with numpy, tokenizers and onnxruntime (encoder.py, index.py):
+What lies in RUN/artifact of `smidgen search distill`, which a device reads with numpy, tokenizers and onnxruntime (encoder.py, index.py):
 
     features.jsonl          order = the numbers of features in the index
     tokenizer.json          of the `tokenizers` library, the pruned vocabulary; neither pads nor truncates

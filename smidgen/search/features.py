@@ -107,6 +107,11 @@ def write_features(path: Path, features: Iterable[Feature]) -> None:
     path.write_text("".join(json.dumps(f.row(), ensure_ascii=False) + "\n" for f in features), encoding="utf-8")
 
 
+def write_queries(path: Path, queries: Iterable[Query]) -> None:
+    """The file `read_queries` reads."""
+    path.write_text("".join(json.dumps(asdict(q), ensure_ascii=False) + "\n" for q in queries), encoding="utf-8")
+
+
 def _rows(path: Path, read: Callable[[dict[str, Any]], T]) -> Iterator[T]:
     """What `read` makes of every line; its UserErrors get the place put before them."""
     if not path.is_file():

@@ -25,12 +25,17 @@ HITS = (1, 3, 5, 10)
 
 
 def ranking(scores: Float[np.ndarray, "features"], depth: int = DEPTH) -> Int[np.ndarray, "_"]:
-    """The `depth` best features, the best first."""
-    return np.argsort(-scores, kind="stable")[:depth]
+    """The `depth` best features, the best first; those that score -inf were not found.
+
+    >>> ranking(np.array([0.5, -np.inf, 0.7])).tolist()
+    [2, 0]
+    """
+    best = np.argsort(-scores, kind="stable")[:depth]
+    return best[np.isfinite(scores[best])]
 
 
 def figures(rankings: Sequence[Sequence[int] | Int[np.ndarray, "_"]], relevant: Sequence[Set[int]]) -> dict[str, float]:
-    """Means over queries, each with a ranking of at least its ten best, and the numbers of its relevant features."""
+    """Means over queries, each with its ten best or what was found, and the numbers of its relevant features."""
     if not rankings or not all(relevant):
         raise ValueError("figures are of queries, each with a relevant feature")
     hits, reciprocal, gains = [], [], []
@@ -71,8 +76,8 @@ def auroc(above: Float[np.ndarray, "n"], below: Float[np.ndarray, "m"]) -> float
     >>> auroc(np.array([0.9, 0.5]), np.array([0.5, 0.1]))
     0.875
     """
-    difference = above[:, None] - below[None]
-    return float(((difference > 0) + 0.5 * (difference == 0)).mean())
+    a, b = above[:, None], below[None]
+    return float(((a > b) + 0.5 * (a == b)).mean())
 
 
 def _discount(i: int) -> float:

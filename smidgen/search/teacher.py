@@ -1,0 +1,203 @@
+"""`smidgen search train`: from features and example queries, a relevance model.
+
+    smidgen search train features.jsonl --queries queries.jsonl --output teacher
+
+A pre-trained encoder is fine-tuned (contrastive.py). Few data pull a network away from what it knew of language, so the result lies between
+the start and the end of training: (1 - w) start + w end. w is chosen by features that training has not seen: they are dealt into five
+folds, a network is trained without the queries of one fold, and the w is taken that ranks those queries best (MRR@10), together with one
+held-out query of every other feature. Then training is repeated with everything.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from cyclopts import Parameter
+from jaxtyping import Float
+from torch import Tensor
+
+from smidgen.errors import UserError
+from smidgen.fit import FitConfig, fit
+from smidgen.precision import pick_device
+from smidgen.run import Run
+from smidgen.search.bert import MINILM, Bert, Encoder, find, load, save
+from smidgen.search.contrastive import Contrastive, Views, batches, cosines, groups, interpolated, objective, own_queries
+from smidgen.search.features import CATALOGUE, FEATURES, QUERIES, Feature, Query, read_features, read_queries, write_features, write_queries
+from smidgen.search.metrics import by_kind
+
+FOLDS = 5
+WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+LENGTH = 64  # tokens of a text
+WARMUP = 0.1  # of the updates
+Parts = Mapping[str, Sequence[Query]]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Config:
+    """Options of `smidgen search train`."""
+
+    features: Path = CATALOGUE
+    "Features as JSON Lines; the catalogue of the package if none are given."
+    _: KW_ONLY
+    queries: Path | None = None
+    "Example queries as JSON Lines; none: those of the package's catalogue, or, for features of your own, their titles and keywords alone."
+    teacher: str = MINILM
+    "Encoder to start from: minilm-l6 (from its package), a folder of sentence-transformers, or a hub id."
+    epochs: int = 4
+    "Times every query is seen."
+    batch: int = 64
+    "Queries per update."
+    learning_rate: float = 5e-5
+    "Of AdamW, for the uppermost layer."
+    layer_decay: float = 0.9
+    "Factor of the learning rate per layer downwards."
+    method: Contrastive = field(default_factory=Contrastive)
+    "Numbers of the method."
+    interpolation: float | None = None
+    "Weight of the trained network against the start, w; none: chosen by features held out."
+    folds: int = 1
+    "Of five, trained to choose it."
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    "Of matrix products."
+    output: Path | None = None
+    "Folder of the run; by default a new one under runs/search/train."
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    "Where to compute."
+    seed: int = 0
+    "Chooses the order of queries, slips and folds."
+
+    def check(self) -> None:
+        """Refuses what cannot work."""
+        for name, value in (("epochs", self.epochs), ("batch", self.batch), ("method.refresh", self.method.refresh)):
+            if value < 1:
+                raise UserError(f"--{name} must be positive, got {value}")
+        if self.interpolation is not None and not 0 <= self.interpolation <= 1:
+            raise UserError(f"--interpolation must be between 0 and 1, got {self.interpolation}")
+        if self.interpolation is None and not 1 <= self.folds <= FOLDS:
+            raise UserError(f"--folds must be between 1 and {FOLDS}, got {self.folds}")
+        if not (self.method.temperature > 0 and 0 <= self.method.filter <= 1 and self.method.hard >= 0 and self.method.teaching >= 0):
+            raise UserError("--method: temperature must be positive, filter between 0 and 1, hard and teaching not negative")
+        if not 0 < self.layer_decay <= 1:
+            raise UserError(f"--layer-decay must be above 0 and at most 1, got {self.layer_decay}")
+
+
+def command(config: Config) -> dict[str, Any]:
+    """Fine-tune an encoder on features and example queries."""
+    with Run("search train", config, config.output, config.features.stem) as run:
+        return main(config, run)
+
+
+def main(config: Config, run: Run) -> dict[str, Any]:
+    """Read, choose the weight, train, interpolate, save."""
+    config.check()
+    started = time.monotonic()
+    device = pick_device(config.device)
+    features = read_features(config.features)
+    queries = training_queries(config, features)
+    start = load(find(config.teacher), LENGTH)
+    start.model.to(device)
+
+    chosen = {} if config.interpolation is not None else choose(start, features, queries, config, run)
+    weight = config.interpolation if config.interpolation is not None else max(chosen, key=lambda w: (chosen[w], -w))
+    teacher = train(start, features, queries, config, run, weight)
+
+    folder = run.partial("artifact")
+    save(folder, teacher)
+    write_features(folder / FEATURES, features)
+    write_queries(folder / "queries.jsonl", queries)
+    run.keep(folder)
+    return run.finish(
+        interpolation=weight,
+        held_out_mrr=chosen,
+        features=len(features),
+        queries=len(queries),
+        parameters=sum(p.numel() for p in teacher.model.parameters()),
+        size_bytes=(run.folder / "artifact" / "model.safetensors").stat().st_size,
+        seconds=time.monotonic() - started,
+        device=str(device),
+        seed=config.seed,
+    )
+
+
+def training_queries(config: Config, features: Sequence[Feature]) -> tuple[Query, ...]:
+    """People's queries that something answers; those that nothing fits are for evaluation."""
+    path = config.queries or (QUERIES if config.features == CATALOGUE else None)
+    found = () if path is None else tuple(q for q in read_queries(path, features) if q.relevant)
+    if path is not None and not found:
+        raise UserError(f"{path}: holds no query that a feature answers; there is nothing to learn")
+    return found
+
+
+def train(start: Encoder, features: Sequence[Feature], queries: Sequence[Query], config: Config, run: Run, weight: float) -> Encoder:
+    """A fine-tuned copy of the start, interpolated with it."""
+    assert isinstance(start.model, Bert)
+    model = Bert(start.model.shape).to(start.device)
+    model.load_state_dict(start.model.state_dict())
+    encoder = replace(start, model=model.train())
+    rows = (*queries, *own_queries(features))
+    steps = max(1, config.epochs * len(rows) // min(config.batch, len(rows)))
+    fitting = FitConfig(
+        steps,
+        config.learning_rate,
+        warmup=int(WARMUP * steps),
+        precision=config.precision,
+        seed=config.seed,
+    )
+    fit(
+        model,
+        objective(config.method, Views(encoder, features)),
+        batches(encoder, rows, features, config.batch, config.seed),
+        fitting,
+        run,
+        groups=groups(model, config.learning_rate, config.layer_decay),
+    )
+    model.load_state_dict(interpolated(start.model.state_dict(), model.state_dict(), weight))
+    return replace(encoder, model=model.eval())
+
+
+def choose(start: Encoder, features: Sequence[Feature], queries: Sequence[Query], config: Config, run: Run) -> dict[float, float]:
+    """MRR@10 on held-out queries for every weight, mean over folds and over both sorts of held-out queries."""
+    assert isinstance(start.model, Bert)
+    if not queries:
+        raise UserError("without example queries no weight can be chosen; give --queries, or --interpolation, 0.5 for example")
+    found: dict[float, list[float]] = {w: [] for w in WEIGHTS}
+    for fold in range(config.folds):
+        kept, held_out = split(features, queries, fold, config.seed)
+        trained = train(start, features, kept, config, run, 1.0)
+        end = trained.model.state_dict()
+        for weight in WEIGHTS:
+            model = Bert(start.model.shape).to(start.device)
+            model.load_state_dict(interpolated(start.model.state_dict(), end, weight))
+            figures = {name: measured(replace(start, model=model.eval()), features, part)["all"] for name, part in held_out.items()}
+            run.log(fold=fold, weight=weight, **{f"{name} {k}": v for name, part in figures.items() for k, v in part.items()})
+            found[weight].append(float(np.mean([part["mrr@10"] for part in figures.values()])))
+    return {w: float(np.mean(values)) for w, values in found.items()}
+
+
+def split(features: Sequence[Feature], queries: Sequence[Query], fold: int, seed: int) -> tuple[tuple[Query, ...], Parts]:
+    """Queries to train on, and those held out: all of the fold's features ("unseen"), one of every other feature ("seen")."""
+    place = np.random.default_rng(seed).permutation(len(features))
+    unseen = {feature.id for feature, p in zip(features, place, strict=True) if p % FOLDS == fold}
+    parts: dict[str, list[Query]] = {"kept": [], "seen": [], "unseen": []}
+    counts: dict[str, int] = {}
+    for query in queries:
+        first = query.relevant[0]
+        counts[first] = counts.get(first, 0) + 1
+        third = counts[first] == 3  # a feature of two queries keeps both
+        parts["unseen" if unseen & set(query.relevant) else "seen" if third else "kept"].append(query)
+    return tuple(parts["kept"]), {name: parts[name] for name in ("seen", "unseen") if parts[name]}
+
+
+def measured(encoder: Encoder, features: Sequence[Feature], queries: Sequence[Query]) -> dict[str, dict]:
+    """Figures by kind, with one vector a feature."""
+    return by_kind(scores(encoder, features, queries).cpu().numpy(), queries, features)
+
+
+def scores(encoder: Encoder, features: Sequence[Feature], queries: Sequence[Query]) -> Float[Tensor, "queries features"]:
+    """s of every query and feature."""
+    return cosines(encoder.encode([q.query for q in queries]), Views(encoder, features).bank(encoder.model))
