@@ -139,7 +139,7 @@ class Encoder:
             rows = [row if len(row) <= self.length else [*row[: self.length - 1], row[-1]] for row in rows]
         else:
             rows = [row[: self.length] for row in rows]
-        ids = torch.zeros(len(rows), max(1, *map(len, rows)), dtype=torch.int64)
+        ids = torch.zeros(len(rows), max([1, *map(len, rows)]), dtype=torch.int64)
         mask = torch.zeros_like(ids)
         for i, row in enumerate(rows):
             ids[i, : len(row)] = torch.tensor(row)

@@ -151,7 +151,7 @@ def train(start: Encoder, features: Sequence[Feature], queries: Sequence[Query],
     fit(
         model,
         objective(config.method, Views(encoder, features)),
-        batches(encoder, rows, features, config.batch, config.seed),
+        batches(encoder, rows, features, config.batch, config.method.misspelt, config.seed),
         fitting,
         run,
         groups=groups(model, config.learning_rate, config.layer_decay),
@@ -200,4 +200,10 @@ def measured(encoder: Encoder, features: Sequence[Feature], queries: Sequence[Qu
 
 def scores(encoder: Encoder, features: Sequence[Feature], queries: Sequence[Query]) -> Float[Tensor, "queries features"]:
     """s of every query and feature."""
-    return cosines(encoder.encode([q.query for q in queries]), Views(encoder, features).bank(encoder.model))
+    return cosines(encoder.encode([q.query for q in queries]), vectors(encoder, features))
+
+
+def vectors(encoder: Encoder, features: Sequence[Feature]) -> Float[Tensor, "features width"]:
+    """v_f of every feature."""
+    views = Views(encoder, features)
+    return views.means(views.bank(encoder.model))
