@@ -236,7 +236,8 @@ def save(folder: Path, encoder: Encoder) -> None:
     files: dict[str, Any] = {
         "config.json": config,
         "modules.json": [
-            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"} for i, (kind, path) in enumerate(modules)
+            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+            for i, (kind, path) in enumerate(modules)
         ],
         "sentence_bert_config.json": {"max_seq_length": encoder.length, "do_lower_case": False},
         "tokenizer_config.json": {"tokenizer_class": "BertTokenizer", "model_max_length": shape.positions} | names,

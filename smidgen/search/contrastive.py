@@ -130,9 +130,7 @@ def own_queries(features: Sequence[Feature]) -> tuple[Query, ...]:
     return tuple(Query(text, tuple(names), "keyword") for text, names in answers.items())
 
 
-def batches(
-    encoder: Encoder, queries: Sequence[Query], features: Sequence[Feature], size: int, misspelt: float, seed: int
-) -> Batches:
+def batches(encoder: Encoder, queries: Sequence[Query], features: Sequence[Feature], size: int, misspelt: float, seed: int) -> Batches:
     """Batches of `size` queries for `fit`, a share of them with a misspelt twin."""
     positive, masked = labels(queries, features, torch.device("cpu"))
     order = shuffled(torch.arange(len(queries)), min(size, len(queries)), seed)
@@ -201,7 +199,10 @@ def interpolated(start: dict[str, Tensor], end: dict[str, Tensor], weight: float
 
 
 def groups(model: nn.Module, rate: float, decay: float, weight_decay: float = 0.01) -> list[dict]:
-    """Parameter groups: the table of words stays, every layer learns `decay` times as fast as the one above it; norms and biases do not decay."""
+    """Parameter groups: the table of words stays, every layer learns `decay` times as fast as the one above.
+
+    Norms and biases are not drawn to 0.
+    """
     depth = len(model.get_submodule("layers")._modules)
     found: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
