@@ -31,6 +31,7 @@ from smidgen.search.features import Feature
 WEIGHT = 0.4  # of coverage squared, w; chosen in docs/search.md
 POWER = 2
 WORD = re.compile(r"\w+")
+JOINED = re.compile(r"(?<=\w)[-\u2010\u2011](?=\w)")
 BITS = 21  # of a Unicode character; three of them fit an integer of 64 bits
 
 
@@ -100,7 +101,7 @@ def fuse(
 
 def words(feature: Feature) -> str:
     """The text whose trigrams a feature is found by."""
-    return " ".join((feature.title, *feature.keywords, *feature.options, feature.summary, feature.screen))
+    return JOINED.sub("", feature.everything()) + " " + feature.everything()  # wifi finds Wi-Fi
 
 
 def trigrams(text: str, open_end: bool = False) -> UInt64[np.ndarray, "_"]:

@@ -45,7 +45,7 @@ MAGIC = b"\x89SMI\r\n\x1a\n"
 VERSION = 1
 HEADER = struct.Struct("<8s7I")
 HEAD, ALIGN = 64, 64  # bytes
-BLOCK = 1024  # vectors turned into floats at once: 1.5 MB at width 384, which stay in the second cache
+BLOCK = 2048  # vectors turned into floats at once, into the same memory: 3 MB at width 384
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,11 @@ class Index:
     def scores(self, u: Float32[np.ndarray, "width"]) -> Float32[np.ndarray, "features"]:
         """s of every feature: its best view's cosine with u, a vector of length 1."""
         dots = np.empty(len(self.codes), np.float32)
+        floats = np.empty((min(BLOCK, len(dots)), self.width), np.float32)
         for at in range(0, len(dots), BLOCK):
-            dots[at : at + BLOCK] = self.codes[at : at + BLOCK].astype(np.float32) @ u
+            block = self.codes[at : at + BLOCK]
+            np.copyto(floats[: len(block)], block)
+            np.dot(floats[: len(block)], u, out=dots[at : at + len(block)])
         dots *= self.scales
         return dots if len(dots) == len(self) else np.maximum.reduceat(dots, self.starts[:-1])
 
@@ -161,7 +164,7 @@ def quantized(v: Float[np.ndarray, "n width"]) -> tuple[Int8[np.ndarray, "n widt
     return codes, scales.astype(np.float32)
 
 
-def best(scores: Float32[np.ndarray, "n"], count: int) -> np.ndarray:
+def best(scores: Float[np.ndarray, "n"], count: int) -> np.ndarray:
     """Numbers of the highest scores, the best first, equal ones in their order; all of them if there are fewer.
 
     As a stable sort has it, without sorting all.
