@@ -38,6 +38,8 @@ fewshot.command("smidgen.fewshot.train:command", name="train", help="Learn, over
 fewshot.command("smidgen.fewshot.evaluate:command", name="evaluate", help="Accuracy of a trained method on tasks of new classes.")
 search = App(name="search", help="Describe what you need, get the feature.", result_action="return_value")
 app.command(search)
+search.command("smidgen.search.teacher:command", name="train", help="Learn from features and example queries which feature answers.")
+search.command("smidgen.search.distill:command", name="distill", help="Make a learnt model small enough for a phone.")
 search.command("smidgen.search.query:command", name="query", help="Find the features that answer a query, without torch.")
 search.command("smidgen.search.serve:command", name="serve", help="A page that answers while one types, and its JSON API.")
 search.command("smidgen.search.evaluate:command", name="evaluate", help="Measure quality, time and size on queries with known answers.")

@@ -13,7 +13,9 @@ from smidgen.errors import UserError
 from smidgen.search.bert import NAMES, Bert, Encoder, Shape, find, keep_layers, keep_rows, load, save
 from smidgen.search.vocabulary import SPECIAL, pruned
 
-WORDS = "screen sound eyes hurt read night light loud quiet battery empty phone dim amber ring volume charge slow fast my the at when".split()
+WORDS = (
+    "screen sound eyes hurt read night light loud quiet battery empty phone dim amber ring volume charge slow fast my the at when".split()
+)
 TEXTS = ["my eyes hurt when the screen", "loud", "phone at night", "the battery empty fast my phone slow charge"]
 
 
@@ -124,7 +126,9 @@ def test_fewer_words_change_only_texts_that_use_the_others(encoder):
     assert small.token_to_id("界") is None and small.token_to_id("[unused1]") is None
     student = Encoder(keep_rows(encoder.model, order, 16), small, 16)
     assert torch.equal(student.encode(kept_texts), encoder.encode(kept_texts))
-    assert small.encode("charge").tokens == ["[CLS]", "c", "##h", "##a", "##r", "##g", "##e", "[SEP]"], "a word that is gone, letter by letter"
+    assert small.encode("charge").tokens == ["[CLS]", "c", "##h", "##a", "##r", "##g", "##e", "[SEP]"], (
+        "a word that is gone, letter by letter"
+    )
     assert small.encode("screen").tokens[1:-1] == ["screen"], "the commonest of the rest"
     with pytest.raises(UserError, match="--vocabulary 20: .* allow more"):
         pruned(encoder.tokenizer, kept_texts, size=20)
@@ -161,7 +165,11 @@ def test_names_are_those_of_checkpoints(folder):
     from safetensors.torch import load_file
 
     names = set(load_file(folder / "model.safetensors"))
-    assert {"embeddings.word_embeddings.weight", "encoder.layer.1.attention.self.key.bias", "encoder.layer.0.output.LayerNorm.weight"} <= names
+    assert {
+        "embeddings.word_embeddings.weight",
+        "encoder.layer.1.attention.self.key.bias",
+        "encoder.layer.0.output.LayerNorm.weight",
+    } <= names
     assert not [name for name in names if any(name.startswith(ours) for ours in NAMES)]
 
 

@@ -139,7 +139,7 @@ class Encoder:
             rows = [row if len(row) <= self.length else [*row[: self.length - 1], row[-1]] for row in rows]
         else:
             rows = [row[: self.length] for row in rows]
-        ids = torch.zeros(len(rows), max(1, *map(len, rows)), dtype=torch.int64)
+        ids = torch.zeros(len(rows), max([1, *map(len, rows)]), dtype=torch.int64)
         mask = torch.zeros_like(ids)
         for i, row in enumerate(rows):
             ids[i, : len(row)] = torch.tensor(row)
@@ -236,7 +236,8 @@ def save(folder: Path, encoder: Encoder) -> None:
     files: dict[str, Any] = {
         "config.json": config,
         "modules.json": [
-            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"} for i, (kind, path) in enumerate(modules)
+            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+            for i, (kind, path) in enumerate(modules)
         ],
         "sentence_bert_config.json": {"max_seq_length": encoder.length, "do_lower_case": False},
         "tokenizer_config.json": {"tokenizer_class": "BertTokenizer", "model_max_length": shape.positions} | names,

@@ -6,12 +6,13 @@ and of features, whose vectors are computed beforehand. What the paper says of l
 
     u_i                 vector of query i, of length 1
     v_f                 mean of the vectors of feature f's views (features.py), brought to length 1
-    V                   all v_f: a bank, as they were at the last refresh; those a batch needs are computed anew, with gradients
+    V                   all v_f, from a bank of views as they were at the last refresh; of every feature that a batch needs one view,
+                        drawn at random, is computed anew, with gradients
     s_if = u_i . v_f
     L = InfoNCE(s, P; t) + a KL( softmax(s/t) || softmax(s'/t) )                  minimised; s' are the scores of the misspelt queries
 
 InfoNCE is over all features, an exact softmax. Positives P are the labelled features. Features of the same title, which only their place
-tells apart from a positive, are left out of the row. Computed anew are the batch's positives and its hard negatives: of every query the
+tells apart from a positive, are left out of the row. Needed are the batch's positives and its hard negatives: of every query the
 `hard` best-scored features that score below 0.95 of its positive; above that they may well be answers nobody labelled (TopK-PercPos of
 NV-Retriever, arXiv 2407.15831). The second term is self-teaching (arXiv 2204.00716): a slip of the thumb changes WordPiece's pieces
 wholesale, and must not change the answers.
@@ -43,12 +44,14 @@ class Contrastive:
 
     temperature: float = 0.05
     "t"
-    hard: int = 2
+    hard: int = 1
     "Hard negatives of a query that are computed anew."
     filter: float = FILTER
     "Of the positive's score, above which a feature is no hard negative."
     teaching: float = 1.0
     "a, the weight of self-teaching; 0: none."
+    misspelt: float = 0.25
+    "Share of a batch that self-teaching is done with."
     refresh: int = 25
     "Updates between refreshes of the bank."
 
@@ -58,37 +61,49 @@ class Batch(NamedTuple):
 
     ids: Int[Tensor, "n length"]
     mask: Int[Tensor, "n length"]
-    typo_ids: Int[Tensor, "n other"]
-    typo_mask: Int[Tensor, "n other"]
+    typo_ids: Int[Tensor, "k other"]
+    "The first k queries, misspelt."
+    typo_mask: Int[Tensor, "k other"]
     positive: Bool[Tensor, "n features"]
     masked: Bool[Tensor, "n features"]
 
 
 class Views:
-    """Views of all features as one table of tokens, and the vectors v_f an encoder makes of them."""
+    """Views of all features as one table of tokens, and what an encoder makes of them."""
 
     def __init__(self, encoder: Encoder, features: Sequence[Feature]) -> None:
-        texts = [(f, text) for f, feature in enumerate(features) for text in feature.views()]
-        self.owner = torch.tensor([f for f, _ in texts], device=encoder.device)
-        self.ids, self.mask = (t.to(encoder.device) for t in encoder.tokens([text for _, text in texts]))
-        self.count = len(features)
+        texts = [feature.views() for feature in features]
+        counts = torch.tensor([len(views) for views in texts], device=encoder.device)
+        self.owner = torch.arange(len(features), device=encoder.device).repeat_interleave(counts)
+        self.counts, self.first = counts, counts.cumsum(0) - counts
+        self.ids, self.mask = (t.to(encoder.device) for t in encoder.tokens([text for views in texts for text in views]))
 
-    def vectors(self, model: nn.Module, chosen: Int[Tensor, "k"]) -> Float[Tensor, "k width"]:
-        """v_f of some features, each named once."""
-        slot = torch.full((self.count,), -1, device=self.owner.device)
-        slot[chosen] = torch.arange(len(chosen), device=slot.device)
-        rows = (slot[self.owner] >= 0).nonzero()[:, 0]
-        mask = self.mask[rows]
-        length = int(mask.sum(1).max())
-        single = model(self.ids[rows, :length], mask[:, :length])
-        return F.normalize(torch.zeros(len(chosen), single.shape[1], device=single.device).index_add(0, slot[self.owner[rows]], single), dim=-1)
+    def one_each(self, chosen: Int[Tensor, "k"]) -> Int[Tensor, "k"]:
+        """The number of a view of every chosen feature, at random."""
+        return self.first[chosen] + (torch.rand(len(chosen), device=chosen.device) * self.counts[chosen]).long()
+
+    def encode(self, model: nn.Module, rows: Int[Tensor, "k"] | None = None, size: int = 48) -> Float[Tensor, "k width"]:
+        """Vectors of some views or of all, in groups of like length, so that there is little padding."""
+        rows = torch.arange(len(self.owner), device=self.owner.device) if rows is None else rows
+        order = self.mask[rows].sum(1).argsort(stable=True)
+        parts = []
+        for part in rows[order].split(size):
+            mask = self.mask[part]
+            length = int(mask.sum(1).max())
+            parts.append(model(self.ids[part, :length], mask[:, :length]))
+        return torch.cat(parts)[order.argsort()]
+
+    def means(self, vectors: Float[Tensor, "views width"]) -> Float[Tensor, "features width"]:
+        """v_f of all features from the vectors of all views."""
+        sums = torch.zeros(len(self.counts), vectors.shape[1], device=vectors.device)
+        return F.normalize(sums.index_add(0, self.owner, vectors), dim=-1)
 
     @torch.no_grad()
-    def bank(self, model: nn.Module, size: int = 64) -> Float[Tensor, "features width"]:
-        """V, in evaluation mode."""
+    def bank(self, model: nn.Module) -> Float[Tensor, "views width"]:
+        """Vectors of all views, in evaluation mode."""
         training = model.training
         model.eval()
-        vectors = torch.cat([self.vectors(model, part) for part in torch.arange(self.count, device=self.owner.device).split(size)])
+        vectors = self.encode(model)
         model.train(training)
         return vectors
 
@@ -115,15 +130,15 @@ def own_queries(features: Sequence[Feature]) -> tuple[Query, ...]:
     return tuple(Query(text, tuple(names), "keyword") for text, names in answers.items())
 
 
-def batches(encoder: Encoder, queries: Sequence[Query], features: Sequence[Feature], size: int, seed: int) -> Batches:
-    """Batches of `size` queries for `fit`, each with a misspelt twin."""
+def batches(encoder: Encoder, queries: Sequence[Query], features: Sequence[Feature], size: int, misspelt: float, seed: int) -> Batches:
+    """Batches of `size` queries for `fit`, a share of them with a misspelt twin."""
     positive, masked = labels(queries, features, torch.device("cpu"))
     order = shuffled(torch.arange(len(queries)), min(size, len(queries)), seed)
 
     def batch(i: int) -> Batch:
         rows = order(i)
         texts = [queries[r].query for r in rows.tolist()]
-        wrong = encoder.tokens(corrupted(texts, seed=seed * 1_000_003 + i))
+        wrong = encoder.tokens(corrupted(texts[: round(misspelt * len(texts))], seed=seed * 1_000_003 + i))
         return Batch(*encoder.tokens(texts), *wrong, positive[rows], masked[rows])
 
     return batch
@@ -140,15 +155,16 @@ def objective(method: Contrastive, views: Views) -> Loss:
             bank = views.bank(model)
         calls += 1
         u = model(batch.ids, batch.mask)
-        live = computed_anew(cosines(u.detach(), bank), batch.positive, batch.masked, method)
-        fresh = views.vectors(model, live)
-        bank = bank.index_copy(0, live, fresh.detach())
-        v = bank.index_copy(0, live, fresh)
+        chosen = computed_anew(cosines(u.detach(), views.means(bank)), batch.positive, batch.masked, method)
+        rows = views.one_each(chosen)
+        fresh = views.encode(model, rows)
+        v = views.means(bank.index_copy(0, rows, fresh))
+        bank = bank.index_copy(0, rows, fresh.detach())
         value = info_nce(cosines(u, v), batch.positive, method.temperature, batch.masked)
-        if method.teaching == 0:
+        if method.teaching == 0 or not len(batch.typo_ids):
             return value
-        wrong = model(batch.typo_ids, batch.typo_mask)
-        return value + method.teaching * list_kl(cosines(wrong, v), cosines(u, v), method.temperature)
+        wrong, right = model(batch.typo_ids, batch.typo_mask), u[: len(batch.typo_ids)]
+        return value + method.teaching * list_kl(cosines(wrong, v), cosines(right, v), method.temperature)
 
     return loss
 
@@ -183,7 +199,10 @@ def interpolated(start: dict[str, Tensor], end: dict[str, Tensor], weight: float
 
 
 def groups(model: nn.Module, rate: float, decay: float, weight_decay: float = 0.01) -> list[dict]:
-    """Parameter groups: the table of words stays, every layer learns `decay` times as fast as the one above it; norms and biases do not decay."""
+    """Parameter groups: the table of words stays, every layer learns `decay` times as fast as the one above.
+
+    Norms and biases are not drawn to 0.
+    """
     depth = len(model.get_submodule("layers")._modules)
     found: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():

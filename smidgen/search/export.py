@@ -12,7 +12,6 @@ On x86 processors without VNNI sums of such products can saturate; all that came
 import copy
 import tempfile
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 

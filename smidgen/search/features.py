@@ -25,6 +25,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 FEATURES = "features.jsonl"  # in the folder of a model
 CATALOGUE = Path(__file__).parent / "data" / "catalogue.jsonl"
 QUERIES = Path(__file__).parent / "data" / "queries.jsonl"
+NONE = Path(__file__).parent / "data" / "none.jsonl"  # queries that no phone answers
 LONGEST = 2000  # characters of a text; far beyond what an encoder reads, and a sign of another file
 
 

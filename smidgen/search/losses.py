@@ -29,9 +29,7 @@ def info_nce(
     return -(torch.where(positive, likelihood, 0.0).sum(-1) / positive.sum(-1)).mean()
 
 
-def list_kl(
-    student: Float[Tensor, "n features"], teacher: Float[Tensor, "n features"], temperature: float
-) -> Float[Tensor, ""]:
+def list_kl(student: Float[Tensor, "n features"], teacher: Float[Tensor, "n features"], temperature: float) -> Float[Tensor, ""]:
     """Gradient of a row with respect to the student's scores: (p_S - p_T) / (t n). None flows to the teacher."""
     target = torch.log_softmax(teacher.detach() / temperature, -1)
     return (target.exp() * (target - torch.log_softmax(student / temperature, -1))).sum(-1).mean()

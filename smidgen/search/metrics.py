@@ -54,7 +54,7 @@ def figures(rankings: Sequence[Sequence[int] | Int[np.ndarray, "_"]], relevant: 
 
 
 def by_kind(scores: Float[np.ndarray, "queries features"], queries: Sequence[Query], features: Sequence[Feature]) -> dict[str, dict]:
-    """Figures of every kind of query, of all answerable ones, and {auroc} of contextual ones against none; kinds without queries are left out."""
+    """Figures of every kind of query there is, of all answerable ones, and {auroc} of contextual ones against none."""
     number = {f.id: i for i, f in enumerate(features)}
     rankings = [ranking(row) for row in scores]
     relevant = [{number[name] for name in q.relevant} for q in queries]

@@ -4,8 +4,8 @@
 
 A pre-trained encoder is fine-tuned (contrastive.py). Few data pull a network away from what it knew of language, so the result lies between
 the start and the end of training: (1 - w) start + w end. w is chosen by features that training has not seen: they are dealt into five
-folds, a network is trained without the queries of one fold, and the w is taken that ranks those queries best (MRR@10), together with one
-held-out query of every other feature. Then training is repeated with everything.
+folds, a network is trained without the queries of one fold, and the w is taken that ranks those queries, and some kept back of other
+features, best (MRR@10). Then training is repeated with all features. What was kept back stays so, for distill's table and threshold.
 """
 
 import time
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from cyclopts import Parameter
 from jaxtyping import Float
 from torch import Tensor
@@ -26,10 +25,22 @@ from smidgen.precision import pick_device
 from smidgen.run import Run
 from smidgen.search.bert import MINILM, Bert, Encoder, find, load, save
 from smidgen.search.contrastive import Contrastive, Views, batches, cosines, groups, interpolated, objective, own_queries
-from smidgen.search.features import CATALOGUE, FEATURES, QUERIES, Feature, Query, read_features, read_queries, write_features, write_queries
+from smidgen.search.features import (
+    CATALOGUE,
+    FEATURES,
+    NONE,
+    QUERIES,
+    Feature,
+    Query,
+    read_features,
+    read_queries,
+    write_features,
+    write_queries,
+)
 from smidgen.search.metrics import by_kind
 
 FOLDS = 5
+TRAINED_ON, HELD_OUT = "queries.jsonl", "held_out.jsonl"  # in the folder of a teacher
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 LENGTH = 64  # tokens of a text
 WARMUP = 0.1  # of the updates
@@ -62,6 +73,8 @@ class Config:
     "Weight of the trained network against the start, w; none: chosen by features held out."
     folds: int = 1
     "Of five, trained to choose it."
+    hold_out: float = 0.1
+    "Share of the example queries that is kept back, to choose by and to measure with; never more than one of a feature's three."
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     "Of matrix products."
     output: Path | None = None
@@ -82,6 +95,8 @@ class Config:
             raise UserError(f"--folds must be between 1 and {FOLDS}, got {self.folds}")
         if not (self.method.temperature > 0 and 0 <= self.method.filter <= 1 and self.method.hard >= 0 and self.method.teaching >= 0):
             raise UserError("--method: temperature must be positive, filter between 0 and 1, hard and teaching not negative")
+        if not 0 <= self.hold_out < 0.34:
+            raise UserError(f"--hold-out must be at least 0 and below 0.34, got {self.hold_out}")
         if not 0 < self.layer_decay <= 1:
             raise UserError(f"--layer-decay must be above 0 and at most 1, got {self.layer_decay}")
 
@@ -98,18 +113,20 @@ def main(config: Config, run: Run) -> dict[str, Any]:
     started = time.monotonic()
     device = pick_device(config.device)
     features = read_features(config.features)
-    queries = training_queries(config, features)
+    queries, held_out = examples(config, features)
     start = load(find(config.teacher), LENGTH)
     start.model.to(device)
 
-    chosen = {} if config.interpolation is not None else choose(start, features, queries, config, run)
+    chosen = {} if config.interpolation is not None else choose(start, features, queries, held_out, config, run)
     weight = config.interpolation if config.interpolation is not None else max(chosen, key=lambda w: (chosen[w], -w))
     teacher = train(start, features, queries, config, run, weight)
 
     folder = run.partial("artifact")
     save(folder, teacher)
     write_features(folder / FEATURES, features)
-    write_queries(folder / "queries.jsonl", queries)
+    for name, part in ((TRAINED_ON, queries), (HELD_OUT, held_out)):
+        if part:
+            write_queries(folder / name, part)
     run.keep(folder)
     return run.finish(
         interpolation=weight,
@@ -124,12 +141,28 @@ def main(config: Config, run: Run) -> dict[str, Any]:
     )
 
 
-def training_queries(config: Config, features: Sequence[Feature]) -> tuple[Query, ...]:
-    """People's queries that something answers; those that nothing fits are for evaluation."""
+def examples(config: Config, features: Sequence[Feature]) -> tuple[tuple[Query, ...], tuple[Query, ...]]:
+    """Queries to train on, and those held out; what nothing fits is held out, and comes from the package if there is none."""
     path = config.queries or (QUERIES if config.features == CATALOGUE else None)
-    found = () if path is None else tuple(q for q in read_queries(path, features) if q.relevant)
-    if path is not None and not found:
+    given = () if path is None else read_queries(path, features)
+    answered, none = [q for q in given if q.relevant], [q for q in given if not q.relevant]
+    if path is not None and not answered:
         raise UserError(f"{path}: holds no query that a feature answers; there is nothing to learn")
+    third = nth(answered, 3)
+    count = round(config.hold_out * len(answered))
+    chosen = set(np.random.default_rng(config.seed).permutation(third)[:count].tolist())
+    kept = tuple(q for i, q in enumerate(answered) if i not in chosen)
+    return kept, (*(answered[i] for i in sorted(chosen)), *(none or read_queries(NONE)))
+
+
+def nth(queries: Sequence[Query], n: int) -> list[int]:
+    """Which queries are the n-th of their feature; a feature with fewer keeps them all."""
+    seen: dict[str, int] = {}
+    found = []
+    for i, query in enumerate(queries):
+        seen[query.relevant[0]] = seen.get(query.relevant[0], 0) + 1
+        if seen[query.relevant[0]] == n:
+            found.append(i)
     return found
 
 
@@ -151,7 +184,7 @@ def train(start: Encoder, features: Sequence[Feature], queries: Sequence[Query],
     fit(
         model,
         objective(config.method, Views(encoder, features)),
-        batches(encoder, rows, features, config.batch, config.seed),
+        batches(encoder, rows, features, config.batch, config.method.misspelt, config.seed),
         fitting,
         run,
         groups=groups(model, config.learning_rate, config.layer_decay),
@@ -160,37 +193,38 @@ def train(start: Encoder, features: Sequence[Feature], queries: Sequence[Query],
     return replace(encoder, model=model.eval())
 
 
-def choose(start: Encoder, features: Sequence[Feature], queries: Sequence[Query], config: Config, run: Run) -> dict[float, float]:
-    """MRR@10 on held-out queries for every weight, mean over folds and over both sorts of held-out queries."""
+def choose(
+    start: Encoder, features: Sequence[Feature], queries: Sequence[Query], held_out: Sequence[Query], config: Config, run: Run
+) -> dict[float, float]:
+    """MRR@10 on held-out queries for every weight, mean over folds and over queries of features seen and not seen."""
     assert isinstance(start.model, Bert)
     if not queries:
         raise UserError("without example queries no weight can be chosen; give --queries, or --interpolation, 0.5 for example")
     found: dict[float, list[float]] = {w: [] for w in WEIGHTS}
     for fold in range(config.folds):
-        kept, held_out = split(features, queries, fold, config.seed)
+        kept, parts = split(features, queries, held_out, fold, config.seed)
         trained = train(start, features, kept, config, run, 1.0)
         end = trained.model.state_dict()
         for weight in WEIGHTS:
             model = Bert(start.model.shape).to(start.device)
             model.load_state_dict(interpolated(start.model.state_dict(), end, weight))
-            figures = {name: measured(replace(start, model=model.eval()), features, part)["all"] for name, part in held_out.items()}
+            figures = {name: measured(replace(start, model=model.eval()), features, part)["all"] for name, part in parts.items()}
             run.log(fold=fold, weight=weight, **{f"{name} {k}": v for name, part in figures.items() for k, v in part.items()})
             found[weight].append(float(np.mean([part["mrr@10"] for part in figures.values()])))
     return {w: float(np.mean(values)) for w, values in found.items()}
 
 
-def split(features: Sequence[Feature], queries: Sequence[Query], fold: int, seed: int) -> tuple[tuple[Query, ...], Parts]:
-    """Queries to train on, and those held out: all of the fold's features ("unseen"), one of every other feature ("seen")."""
+def split(
+    features: Sequence[Feature], queries: Sequence[Query], held_out: Sequence[Query], fold: int, seed: int
+) -> tuple[tuple[Query, ...], Parts]:
+    """Queries to train on, and those to measure with: all of the fold's features ("unseen"), and held-out ones of the others ("seen")."""
     place = np.random.default_rng(seed).permutation(len(features))
-    unseen = {feature.id for feature, p in zip(features, place, strict=True) if p % FOLDS == fold}
-    parts: dict[str, list[Query]] = {"kept": [], "seen": [], "unseen": []}
-    counts: dict[str, int] = {}
-    for query in queries:
-        first = query.relevant[0]
-        counts[first] = counts.get(first, 0) + 1
-        third = counts[first] == 3  # a feature of two queries keeps both
-        parts["unseen" if unseen & set(query.relevant) else "seen" if third else "kept"].append(query)
-    return tuple(parts["kept"]), {name: parts[name] for name in ("seen", "unseen") if parts[name]}
+    fold_ids = {feature.id for feature, p in zip(features, place, strict=True) if p % FOLDS == fold}
+    everything = [q for q in (*queries, *held_out) if q.relevant]
+    unseen = [q for q in everything if fold_ids & set(q.relevant)]
+    seen = [q for q in held_out if q.relevant and not fold_ids & set(q.relevant)]
+    kept = tuple(q for q in queries if not fold_ids & set(q.relevant))
+    return kept, {name: part for name, part in (("seen", seen), ("unseen", unseen)) if part}
 
 
 def measured(encoder: Encoder, features: Sequence[Feature], queries: Sequence[Query]) -> dict[str, dict]:
@@ -200,4 +234,10 @@ def measured(encoder: Encoder, features: Sequence[Feature], queries: Sequence[Qu
 
 def scores(encoder: Encoder, features: Sequence[Feature], queries: Sequence[Query]) -> Float[Tensor, "queries features"]:
     """s of every query and feature."""
-    return cosines(encoder.encode([q.query for q in queries]), Views(encoder, features).bank(encoder.model))
+    return cosines(encoder.encode([q.query for q in queries]), vectors(encoder, features))
+
+
+def vectors(encoder: Encoder, features: Sequence[Feature]) -> Float[Tensor, "features width"]:
+    """v_f of every feature."""
+    views = Views(encoder, features)
+    return views.means(views.bank(encoder.model))
