@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 from smidgen import cli
 from smidgen.errors import UserError
+from smidgen.report import write_report
 from smidgen.search.encoder import open_encoder
 from smidgen.search.features import Feature, Query, read_features, write_features
 from smidgen.search.folder import FEATURES, INDEX, SETTINGS
@@ -306,7 +307,25 @@ def test_evaluate_ends_in_the_figures(smidgen, made, tmp_path):
     assert figures["size_bytes"] == sum(f.stat().st_size for f in files) == sum(figures["size_bytes_by_file"].values())
     rows = [json.loads(line) for line in (tmp_path / "run" / "steps.jsonl").read_text().splitlines()]
     assert [row["rank"] for row in rows] == [1, 1, 1, 1, 1, 1, None, None]
+    page = write_report([tmp_path / "run"]).read_text()
+    assert all(words in page for words in ("Nothing fits", "contextual", "index.smi", "1.000", "p95"))
     assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == figures
+
+
+def test_the_page_of_a_distillation(tmp_path):
+    """Every step has a row in one table; a damaged one is refused by the file."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("search:\n  distill:\n    layers: 3\noutput: null\n")
+    (run / "environment.json").write_text(json.dumps({"job": "search distill"}))
+    steps = [{"step": "teacher", "contextual mrr@10": 0.5712, "size_bytes": 90_868_376}, {"step": "written", "overlap@10": 0.93}]
+    metrics = {"costs": steps, "size_bytes_by_file": {"index.smi": 300_000}, "calibration": {"answer_rate": 0.95, "false_show": 0.125}}
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    page = write_report([run]).read_text()
+    assert all(words in page for words in ("What every step cost", "0.571", "90.87", "0.930", "weights rounded", "0.125", "index.smi"))
+    (run / "metrics.json").write_text(json.dumps({"costs": [1]}))
+    with pytest.raises(UserError, match=r"metrics\.json: damaged, 'costs'"):
+        write_report([run])
 
 
 def test_ranks_are_those_of_the_first_relevant_feature(smidgen, made, tmp_path):
