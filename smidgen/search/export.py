@@ -92,7 +92,7 @@ def graph(model: Bert, bits: int) -> "onnx.ModelProto":
         warnings.filterwarnings("ignore", "# The axis name")  # both inputs share their axes; meant so
         program = torch.onnx.export(
             model,
-            (example, example),
+            (example, example.clone()),  # the same tensor twice would become one input: words looked up by the mask
             dynamo=True,
             opset_version=OPSET,
             input_names=list(INPUTS),
