@@ -77,8 +77,8 @@ def tokenizer() -> Tokenizer:
 
 def table(made: Tokenizer) -> np.ndarray:
     """A vector per piece: words of a feature point its way, all other pieces one other way and hardly; [CLS] and [SEP] nowhere."""
-    v = np.random.default_rng(0).normal(size=(made.get_vocab_size(), WIDTH)) * 0.02
-    v[:, len(CATALOGUE)] += 0.15
+    v = np.random.default_rng(0).normal(size=(made.get_vocab_size(), WIDTH)) * 0.005
+    v[:, len(CATALOGUE)] += 0.05
     v[[2, 3]] = 0
     for i, feature in enumerate(CATALOGUE):
         for word in f"{feature.title} {' '.join(feature.keywords)} {MEANS[feature.id]}".lower().split():

@@ -12,6 +12,7 @@ from smidgen.search.calibration import Calibration, calibrate, evidence
 from smidgen.search.features import Feature
 from smidgen.search.fusion import Lexicon, fuse, idf, spelt, trigrams, words
 from smidgen.search.index import BLOCK, HEADER, Index, best, quantized
+from smidgen.search.spelling import Speller, distance
 
 TEXTS = ["Night light amber eyes", "Mobile hotspot share", "Bluetooth headphones", "Dark theme", "Wi-Fi wifi"]
 
@@ -232,6 +233,67 @@ def test_the_gate_lets_words_through_and_sentences_not():
     assert fuse(zero, lexicon.coverage("bluetooh"), 0.4)[2] > 0.2
     assert fuse(zero, lexicon.coverage("my mother cannot hear who is ringing her in the garden"), 0.4).max() < 0.02
     assert (fuse(zero + 0.3, lexicon.coverage("bluetooth"), 0.0) == np.float32(0.3)).all()
+
+
+# --- spelling --------------------------------------------------------------------------------------------------------
+
+
+def slips(a: str, b: str) -> int:
+    """Optimal string alignment by its definition, recursively."""
+    if not a or not b:
+        return len(a) + len(b)
+    cost = min(slips(a[1:], b) + 1, slips(a, b[1:]) + 1, slips(a[1:], b[1:]) + (a[0] != b[0]))
+    return min(cost, slips(a[2:], b[2:]) + 1) if len(a) > 1 and len(b) > 1 and a[0] == b[1] and a[1] == b[0] else cost
+
+
+def test_distance_against_its_definition(random):
+    for _ in range(300):
+        a, b = ("".join(random.choice(list("abc"), random.integers(0, 6))) for _ in range(2))
+        for most in (1, 2):
+            assert distance(a, b, most) == min(slips(a, b), most + 1), (a, b)
+
+
+@pytest.fixture(scope="module")
+def speller():
+    return Speller.of(
+        [words(Feature(str(i), text)) for i, text in enumerate(TEXTS)], ["dimmer", "grandmother", "read", "when", "sound", "yellow"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("typed", "read"),
+    [
+        ("blutooth hedphones", "bluetooth headphones"),
+        ("wfii", "wifi"),
+        ("nihgt lihgt", "night light"),
+        ("grandmothr when", "grandmother when"),
+        ("grndmothr when", "grndmothr when"),  # two slips are forgiven to words of the features alone
+        ("BLUETOTH!", "bluetooth!"),
+        ("hotsp", "hotsp"),  # half typed
+        ("hotspo ", "hotspot "),
+        ("night", "night"),
+        ("yellowish dimmers", "yellowish dimmers"),
+        ("don't", "don't"),
+        ("eys", "eys"),
+        ("xqzzt 12345 \u8a2d\u5b9a", "xqzzt 12345 \u8a2d\u5b9a"),
+        ("", ""),
+    ],
+)
+def test_spelling(speller, typed, read):
+    assert speller.corrected(typed) == read
+
+
+def test_the_bag_of_letters_loses_no_neighbour(speller, random):
+    """Every word within reach by brute force is found with the bound on letters, too."""
+    for word in ("bluetooth", "headphones", "hotspot", "theme", "share"):
+        for _ in range(30):
+            letters = list(word)
+            i = int(random.integers(len(letters) - 1))
+            letters[i : i + 2] = [letters[i : i + 2][::-1], letters[i : i + 1], [*letters[i : i + 2], "q"]][int(random.integers(3))]
+            typed = "".join(letters)
+            near = min((slips(typed[:9], w[:9]) if len(typed) < 10 else distance(typed, w, 2), w) for w in speller.words)
+            if len(typed) >= 4 and typed not in speller.rank and near[0] == 1:
+                assert distance(typed, speller.word(typed), 2) == 1
 
 
 # --- the threshold ---------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ STEPS = {  # of distillation, in words
     "distilled": "distilled",
     "written": "written, weights rounded",
     "indexed": "index in 8 bits",
-    "fused": "trigrams beside meaning",
+    "fused": "spelling and trigrams beside meaning",
 }
 COSTS = (
     "Queries held out from training; every row is the one above with one step more. Cosine: of the queries' vectors with the teacher's. "
@@ -77,7 +77,7 @@ def costs(run: Finished) -> list[Section]:
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "step" in row for row in rows):
         raise UserError(f"{run.folder / 'metrics.json'}: damaged, 'costs' does not hold a row for each step")
     columns = list(dict.fromkeys(name for row in rows for name in row if name != "step"))
-    cells = [[Cell(STEPS.get(row["step"], row["step"])), *(cell(name, row.get(name)) for name in columns)] for row in rows]
+    cells = [[Cell(STEPS.get(str(row["step"])) or str(row["step"])), *(cell(name, row.get(name)) for name in columns)] for row in rows]
     head = ["step", *(name.replace("_bytes", " (MB)").replace("_", " ") for name in columns)]
     return [Section("What every step cost", note=COSTS, table=Table(head, cells))] if rows else []
 

@@ -13,6 +13,7 @@ import json
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -34,6 +35,11 @@ class Encoder(Protocol):
     @property
     def width(self) -> int:
         """Of a vector."""
+        ...
+
+    @property
+    def tokenizer(self) -> Any:
+        """Of the library tokenizers."""
         ...
 
     def __call__(self, texts: Sequence[str]) -> Float32[np.ndarray, "n width"]:
@@ -85,6 +91,12 @@ class Static:
                 v = self.scale[ids] @ self.codes[ids].astype(np.float32)
                 vectors[i] = v / max(float(np.linalg.norm(v)), 1e-12)
         return vectors
+
+
+def whole_words(tokenizer: Any) -> list[str]:
+    """Pieces that are words, in the vocabulary's order, commonest first."""
+    pieces = sorted(tokenizer.get_vocab(with_added_tokens=False).items(), key=itemgetter(1))
+    return [piece for piece, _ in pieces if piece.isalpha()]
 
 
 def known(encoded: Any) -> bool:

@@ -28,7 +28,7 @@ from jaxtyping import Float, Float32, Integer, UInt32, UInt64
 
 from smidgen.search.features import Feature
 
-WEIGHT = 0.4  # of coverage squared, w; chosen in docs/search.md
+WEIGHT = 0.2  # of coverage squared, w; chosen on development queries (dev/log.md)
 POWER = 2
 WORD = re.compile(r"\w+")
 JOINED = re.compile(r"(?<=\w)[-\u2010\u2011](?=\w)")

@@ -77,7 +77,7 @@ class Index:
         data = np.memmap(path, np.uint8, "r") if mapped else np.fromfile(path, np.uint8)
         if len(data) != size:
             raise UserError(f"{path}: damaged, it has {len(data)} of {size} bytes; copy or distil it again")
-        if zlib.crc32(memoryview(data)[HEAD:]) != counts["crc"]:
+        if zlib.crc32(data[HEAD:].data) != counts["crc"]:
             raise UserError(f"{path}: damaged, its checksum is wrong; copy or distil it again")
         found = {name: data[at : at + _bytes(shape, kind)].view(kind).reshape(shape) for name, (at, shape, kind) in layout.items()}
         index = Index(

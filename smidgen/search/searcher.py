@@ -12,11 +12,12 @@ from jaxtyping import Float32
 
 from smidgen.errors import UserError
 from smidgen.search.calibration import Calibration, calibrate, evidence
-from smidgen.search.encoder import Encoder, open_encoder
+from smidgen.search.encoder import Encoder, open_encoder, whole_words
 from smidgen.search.features import FEATURES, Feature, Query, read_features
 from smidgen.search.folder import INDEX, SETTINGS, model_folder, present, written
 from smidgen.search.fusion import WEIGHT, fuse
 from smidgen.search.index import Index, best
+from smidgen.search.spelling import Speller
 
 VERSION = 1
 LONGEST = 1000  # characters of a query; more is a document, not a question
@@ -107,6 +108,7 @@ class Searcher:
     encoder: Encoder
     index: Index
     settings: Settings
+    speller: Speller
 
     @staticmethod
     def open(folder: Path, mapped: bool = True) -> "Searcher":
@@ -118,12 +120,16 @@ class Searcher:
         features = read_features(folder / FEATURES)
         if len(features) < len(index):
             raise UserError(f"{folder / FEATURES}: holds {len(features)} of the {len(index)} features of {INDEX}; copy or distil again")
-        return Searcher(folder, features[: len(index)], encoder, index, Settings.read(folder / SETTINGS))
+        features = features[: len(index)]
+        speller = Speller.of([feature.everything() for feature in features], whole_words(encoder.tokenizer))
+        return Searcher(folder, features, encoder, index, Settings.read(folder / SETTINGS), speller)
 
     def scores(self, query: str) -> Float32[np.ndarray, "features"]:
-        """Of all features, in their order."""
+        """Of all features, in their order: of the query as it was typed or as it was meant, whichever a feature is nearer to."""
         text = checked(query)
-        return fuse(self.index.scores(self.encoder([text])[0]), self.index.lexicon.coverage(text), self.settings.weight)
+        texts = list(dict.fromkeys((text, self.speller.corrected(text))))
+        cosine = np.max([self.index.scores(u) for u in self.encoder(texts)], 0)
+        return fuse(cosine, np.max([self.index.lexicon.coverage(t) for t in texts], 0), self.settings.weight)
 
     def __call__(self, query: str, count: int = 10) -> Answer:
         """The best features, at most `count`; equal scores in the order of the features."""
