@@ -14,6 +14,7 @@ from smidgen.errors import UserError
 from smidgen.run import Run
 from smidgen.search import distill, teacher
 from smidgen.search.bert import Bert, keep_layers, load, save
+from smidgen.search.contrastive import Contrastive
 from smidgen.search.distillation import Material, narrowed, spread
 from smidgen.search.encoder import open_encoder
 from smidgen.search.export import ByteWords, bytes_of, export
@@ -65,8 +66,8 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def config(start, data) -> teacher.Config:
     return teacher.Config(
-        data / "features.jsonl", queries=data / "queries.jsonl", teacher=str(start), epochs=30, batch=20, learning_rate=2e-3,
-        precision="float32", device="cpu", interpolation=1.0,
+        data / "features.jsonl", queries=data / "queries.jsonl", teacher=str(start), epochs=40, batch=20, learning_rate=2e-3,
+        precision="float32", device="cpu", interpolation=1.0, method=Contrastive(teaching=0.0),
     )  # fmt: skip
 
 

@@ -101,7 +101,10 @@ class Config:
             raise UserError(f"--layer-decay must be above 0 and at most 1, got {self.layer_decay}")
 
 
-def command(config: Config) -> dict[str, Any]:
+DEFAULT = Config()
+
+
+def command(config: Config = DEFAULT) -> dict[str, Any]:
     """Fine-tune an encoder on features and example queries."""
     with Run("search train", config, config.output, config.features.stem) as run:
         return main(config, run)
