@@ -21,6 +21,7 @@ from smidgen.report.learned_ranges import learned_ranges
 from smidgen.report.page import Page, render
 from smidgen.report.quantization import evaluation, quantization, summary
 from smidgen.report.run import generic, provenance
+from smidgen.report.search import search_distillation, search_evaluation, search_training
 from smidgen.report.training import training
 from smidgen.run import PARTIAL
 
@@ -31,6 +32,9 @@ JOBS = {
     "lab ranges": learned_ranges,
     "fewshot train": fewshot_training,
     "fewshot evaluate": fewshot_evaluation,
+    "search train": search_training,
+    "search distill": search_distillation,
+    "search evaluate": search_evaluation,
 }
 
 

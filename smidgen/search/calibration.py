@@ -118,5 +118,6 @@ def _fitted(z: Float[np.ndarray, "n 2"], fits: np.ndarray) -> tuple[Float[np.nda
     return w[:2], float(w[2])
 
 
-def _logistic(x: np.ndarray | float) -> np.ndarray:
+def _logistic(x: Any) -> Any:
+    """Of numbers or arrays."""
     return 1 / (1 + np.exp(-np.clip(x, -500, 500)))

@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, Int8
@@ -27,6 +27,7 @@ UNKNOWN = "[UNK]"
 PACKAGES = "pip install 'smidgen[search]'"
 
 
+@runtime_checkable
 class Encoder(Protocol):
     """Text to vectors."""
 
@@ -150,7 +151,7 @@ def _session(path: Path, threads: int) -> Any:
 def _static(path: Path, tokenizer: Any, vocabulary: int) -> Static:
     present(path)
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:  # np.load leaves a damaged file open
             codes, scale = arrays["codes"], arrays["scale"].astype(np.float32)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: damaged, no table of codes and scale") from error

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float32, Int64, UInt32, UInt64
+from jaxtyping import Float, Float32, Integer, UInt32, UInt64
 
 from smidgen.search.features import Feature
 
@@ -32,6 +32,8 @@ WEIGHT = 0.4  # of coverage squared, w; chosen in docs/search.md
 POWER = 2
 WORD = re.compile(r"\w+")
 JOINED = re.compile(r"(?<=\w)[-\u2010\u2011](?=\w)")
+SPACE = ord(" ")
+FIRST, NOBODY = np.ones(1, bool), np.zeros(0, np.uint32)
 BITS = 21  # of a Unicode character; three of them fit an integer of 64 bits
 
 
@@ -74,20 +76,21 @@ class Lexicon:
     def coverage(self, query: str) -> Float32[np.ndarray, "features"]:
         """c of every feature; 0 of a query without letters."""
         wanted = trigrams(query, open_end=True)
-        places = np.searchsorted(self.keys, wanted)
-        found = places[(places < len(self.keys))]
-        found = found[self.keys[found] == wanted[places < len(self.keys)]]
-        counts = (self.first[found + 1] - self.first[found]).astype(np.int64)
-        weights = idf(counts, self.features)
-        whole = weights.sum() + (len(wanted) - len(found)) * float(idf(np.zeros(1, np.int64), self.features)[0])
-        if whole == 0:
+        if not len(wanted) or not len(self.keys):
             return np.zeros(self.features, np.float32)
-        hits = [self.members[self.first[i] : self.first[i + 1]] for i in found]
-        summed = np.bincount(np.concatenate([np.zeros(0, np.uint32), *hits]), np.repeat(weights, counts), self.features)
+        places = self.keys.searchsorted(wanted)
+        known = self.keys.take(places, mode="clip") == wanted
+        found = places[known]
+        ends = self.first[found + 1]
+        counts = ends - self.first[found]
+        weights = idf(counts, self.features)
+        whole = float(weights.sum()) + (len(wanted) - len(found)) * float(idf(np.zeros(1, np.uint32), self.features)[0])
+        hits = np.concatenate([NOBODY, *(self.members[i:j] for i, j in zip(self.first[found].tolist(), ends.tolist(), strict=True))])
+        summed = np.bincount(hits, np.repeat(weights, counts), self.features)
         return (summed / whole).astype(np.float32)
 
 
-def idf(counts: Int64[np.ndarray, "n"], features: int) -> np.ndarray:
+def idf(counts: Integer[np.ndarray, "n"], features: int) -> Float[np.ndarray, "n"]:
     """Information of a trigram that so many of the features have."""
     return np.log1p((features - counts + 0.5) / (counts + 0.5))
 
@@ -106,19 +109,24 @@ def words(feature: Feature) -> str:
 
 def trigrams(text: str, open_end: bool = False) -> UInt64[np.ndarray, "_"]:
     """The different trigrams of a text's words, as integers, ascending; `open_end`: its last word may go on."""
-    found = WORD.findall(plain(text))
-    padded = [f" {word} " for word in found]
-    if padded and open_end and not text[-1:].isspace():
-        padded[-1] = padded[-1].rstrip()
-    letters = [np.array([ord(c) for c in word], np.uint64) for word in padded]
-    codes = [(w[:-2] << np.uint64(2 * BITS)) | (w[1:-1] << np.uint64(BITS)) | w[2:] for w in letters if len(w) > 2]
-    return np.unique(np.concatenate([np.zeros(0, np.uint64), *codes]))
+    padded = f" {' '.join(WORD.findall(plain(text)))} "
+    if open_end and not text[-1:].isspace():
+        padded = padded[:-1]
+    letters = np.frombuffer(padded.encode("utf-32-le"), np.uint32).astype(np.uint64)
+    if len(letters) < 3:
+        return np.zeros(0, np.uint64)
+    codes = (letters[:-2] << np.uint64(2 * BITS)) | (letters[1:-1] << np.uint64(BITS)) | letters[2:]
+    codes = codes[letters[1:-1] != SPACE]  # a space in the middle: two words
+    codes.sort()
+    return codes[np.concatenate([FIRST, codes[1:] != codes[:-1]])[: len(codes)]]
 
 
 def plain(text: str) -> str:
-    """Lower case, without accents: what people type."""
-    apart = unicodedata.normalize("NFKD", text.casefold())
-    return "".join(c for c in apart if not unicodedata.combining(c)).replace("'", "").replace("\u2019", "")
+    """Lower case, without accents and apostrophes: what people type."""
+    text = text.casefold()
+    if not text.isascii():
+        text = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c)).replace("\u2019", "")
+    return text.replace("'", "")
 
 
 def spelt(trigram: int) -> str:

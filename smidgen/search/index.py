@@ -67,11 +67,14 @@ class Index:
         return Index(codes, scales, starts, Lexicon.of(texts))
 
     @staticmethod
-    def read(path: Path) -> "Index":
-        """The file, mapped; one that is cut short, changed or of another kind is refused by name."""
+    def read(path: Path, mapped: bool = True) -> "Index":
+        """The file; one that is cut short, changed or of another kind is refused by name.
+
+        Mapped into memory it costs what is used of it, but must not be written to in place. Otherwise it is copied.
+        """
         counts = _header(path)
         layout, size = _layout(counts)
-        data = np.memmap(path, np.uint8, "r")
+        data = np.memmap(path, np.uint8, "r") if mapped else np.fromfile(path, np.uint8)
         if len(data) != size:
             raise UserError(f"{path}: damaged, it has {len(data)} of {size} bytes; copy or distil it again")
         if zlib.crc32(memoryview(data)[HEAD:]) != counts["crc"]:

@@ -109,10 +109,10 @@ class Searcher:
     settings: Settings
 
     @staticmethod
-    def open(folder: Path, threads: int = 1) -> "Searcher":
-        """A folder of `smidgen search distill`, or the run it lies in; every file is checked."""
+    def open(folder: Path, mapped: bool = True) -> "Searcher":
+        """A folder of `smidgen search distill`, or the run it lies in; every file is checked. `mapped` is that of `Index.read`."""
         folder = model_folder(folder)
-        index, encoder = Index.read(folder / INDEX), open_encoder(folder, threads)
+        index, encoder = Index.read(folder / INDEX, mapped), open_encoder(folder)
         if index.width != encoder.width:
             raise UserError(f"{folder / INDEX}: vectors of {index.width} numbers, the encoder makes {encoder.width}; distil again")
         features = read_features(folder / FEATURES)

@@ -92,7 +92,7 @@ class Shelf:
     """The model being served, and how fast it was."""
 
     def __init__(self, folder: Path) -> None:
-        self.searcher = Searcher.open(folder)
+        self.searcher = Searcher.open(folder, mapped=False)
         self.stamp = self._stamp()
         self.lock = threading.Lock()
         self.answers = 0
@@ -105,7 +105,7 @@ class Shelf:
                 stamp = self._stamp()
                 if stamp != self.stamp:
                     try:
-                        self.searcher = Searcher.open(self.searcher.folder)
+                        self.searcher = Searcher.open(self.searcher.folder, mapped=False)
                     except UserError as error:
                         sys.stderr.write(f"smidgen: {error}; serving what was there before\n")
                     self.stamp = stamp
