@@ -10,7 +10,6 @@ threshold below which nothing fits comes from the same queries, some of which ha
 import copy
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -129,45 +128,67 @@ class Taught:
         return Taught(teacher, features, queries, held_out, vectors(teacher, features))
 
 
-def main(config: Config, run: Run) -> dict[str, Any]:
-    """Read, shrink, train, write, calibrate, measure."""
-    config.check()
-    started = time.monotonic()
-    device = pick_device(config.device)
-    taught = Taught.read(config, device)
-    queries = (*taught.queries, *own_queries(taught.features))
-    material = Material.of(taught.features, queries, more_texts(config), taught.teacher)
+@dataclass(frozen=True)
+class Distilled:
+    """A student and what it is measured against."""
 
-    student, basis = shrunk(taught, material, config)
-    bank = narrowed(taught.vectors, basis)
-    trained = train(student, taught.teacher, material, taught.features, bank, basis, config, run)
+    taught: Taught
+    smaller: Encoder
+    "Before training."
+    student: Encoder
+    bank: Float[Tensor, "features narrow"]
+    "v_f as it stands in the index."
+    basis: Float[Tensor, "width narrow"] | None
+    "Directions kept of the teacher's vectors; none: all."
+
+
+def main(config: Config, run: Run) -> dict[str, Any]:
+    """Distil, write, calibrate, measure."""
+    started = time.monotonic()
+    made = distilled(config, run)
     folder = run.partial(INNER)
-    write(folder, trained, taught.features, bank, config)
+    write(folder, made, config)
     calibration = None
-    if {q.kind == "none" for q in taught.held_out} == {True, False}:
-        calibration = settle(folder, taught.held_out)
+    if {q.kind == "none" for q in made.taught.held_out} == {True, False}:
+        calibration = settle(folder, made.taught.held_out)
     else:
         run.say("no held-out queries of both sorts, answerable and of kind none: every query will be shown an answer")
     folder = run.keep(folder)
-    costs = measured(folder, taught, {"smaller": student, "distilled": trained}, bank, basis)
+    costs = measured(folder, made)
     for row in costs:
         run.log(**row)
     return run.finish(
         costs=costs,
         layers=config.layers,
         bits=config.bits,
-        vocabulary=trained.tokenizer.get_vocab_size(),
-        width=bank.shape[1],
-        features=len(taught.features),
-        parameters=sum(p.numel() for p in trained.model.parameters()),
+        vocabulary=made.student.tokenizer.get_vocab_size(),
+        width=made.bank.shape[1],
+        features=len(made.taught.features),
+        parameters=sum(p.numel() for p in made.student.model.parameters()),
         size_bytes=sum(sizes(folder).values()),
         size_bytes_by_file=sizes(folder),
         calibration=None if calibration is None else calibration.row(),
         steps=config.steps,
         seconds=time.monotonic() - started,
-        device=str(device),
+        device=str(made.bank.device),
         seed=config.seed,
     )
+
+
+def distilled(config: Config, run: Run) -> Distilled:
+    """Read, shrink, train."""
+    config.check()
+    taught = Taught.read(config, pick_device(config.device))
+    queries = (*taught.queries, *own_queries(taught.features))
+    material = Material.of(taught.features, queries, more_texts(config), taught.teacher)
+    smaller, basis = shrunk(taught, material, config)
+    bank = narrowed(taught.vectors, basis)
+    model = copy.deepcopy(smaller.model)
+    if config.steps:
+        fitting = FitConfig(config.steps, config.rate(), warmup=int(WARMUP * config.steps), precision=config.precision, seed=config.seed)
+        loss = objective(config.method, taught.teacher, bank, basis)
+        fit(model, loss, batches(smaller, taught.teacher, material, taught.features, config.batch, config.seed), fitting, run)
+    return Distilled(taught, smaller, replace(smaller, model=model), bank, basis)
 
 
 def more_texts(config: Config) -> list[str]:
@@ -201,27 +222,9 @@ def shrunk(taught: Taught, material: Material, config: Config) -> tuple[Encoder,
     return replace(small, model=keep_layers(small.model, kept).eval()), None
 
 
-def train(
-    student: Encoder,
-    teacher: Encoder,
-    material: Material,
-    features: Sequence[Feature],
-    bank: Float[Tensor, "features narrow"],
-    basis: Float[Tensor, "width narrow"] | None,
-    config: Config,
-    run: Run,
-) -> Encoder:
-    """A distilled copy of the student."""
-    model = copy.deepcopy(student.model)
-    if config.steps:
-        fitting = FitConfig(config.steps, config.rate(), warmup=int(WARMUP * config.steps), precision=config.precision, seed=config.seed)
-        loss = objective(config.method, teacher, bank, basis)
-        fit(model, loss, batches(student, teacher, material, features, config.batch, config.seed), fitting, run)
-    return replace(student, model=model)
-
-
-def write(folder: Path, student: Encoder, features: Sequence[Feature], bank: Float[Tensor, "features narrow"], config: Config) -> None:
-    """What a device needs; see the package's description."""
+def write(folder: Path, made: Distilled, config: Config) -> None:
+    """What a device needs, every answer shown; see the package's description."""
+    student, features, bank = made.student, made.taught.features, made.bank
     write_features(folder / FEATURES, features)
     student.tokenizer.save(str(folder / TOKENIZER), pretty=False)
     export(student, folder, config.bits)
@@ -239,19 +242,14 @@ def write(folder: Path, student: Encoder, features: Sequence[Feature], bank: Flo
     Settings().write(folder / SETTINGS)
 
 
-def measured(
-    folder: Path,
-    taught: Taught,
-    students: dict[str, Encoder],
-    bank: Float[Tensor, "features narrow"],
-    basis: Float[Tensor, "width narrow"] | None,
-) -> list[dict[str, Any]]:
+def measured(folder: Path, made: Distilled) -> list[dict[str, Any]]:
     """What each step cost, on held-out queries, or without any on those learnt from."""
+    taught, bank, basis = made.taught, made.bank, made.basis
     queries = taught.held_out or taught.queries or own_queries(taught.features)
     texts = [q.query for q in queries]
     full = taught.teacher.encode(texts)
     vectors = {"teacher": full} if basis is None else {"teacher": full, "narrow": narrowed(full, basis)}
-    vectors |= {name: student.encode(texts) for name, student in students.items()}
+    vectors |= {"smaller": made.smaller.encode(texts), "distilled": made.student.encode(texts)}
     searcher = Searcher.open(folder)
     vectors["written"] = torch.from_numpy(searcher.encoder(texts)).to(full.device)
     scores = {name: cosines(u, taught.vectors if u.shape[1] == full.shape[1] else bank).cpu().numpy() for name, u in vectors.items()}
