@@ -13,17 +13,19 @@
     ablations   the teacher without one of its parts
     times       of written students: p50 and p95 of warm queries on one thread, and the cold start
 
-The features and the development queries are in DATA/search; figures are of the development queries, on which nothing was trained. The teacher's
-weight is chosen by held-out features (`smidgen search train`), not by them. A row per system and seed goes to --results. Columns are KIND FIGURE,
-as smidgen/search/metrics.py defines them. Run with OMP_NUM_THREADS=1 where times matter.
+The features and the development queries are in DATA/search; figures are of the development queries, on which nothing was trained. The
+teacher's weight and lift are chosen by held-out features (`smidgen search train`), not by them. "Texts" are scores by the features' own
+texts, "examples" with the training queries beside them (smidgen/search/relevance.py). A row per system and seed goes to --results; its
+columns are KIND FIGURE, as smidgen/search/metrics.py defines them. Run with OMP_NUM_THREADS=1 where times matter.
 """
 
 import argparse
 import csv
+import json
 import platform
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,11 +34,12 @@ import torch
 
 from smidgen.run import Run
 from smidgen.search import baselines, distill, evaluate, teacher
-from smidgen.search.bert import MINILM, Bert, Encoder, find, load, save
-from smidgen.search.contrastive import Contrastive, cosines, interpolated
+from smidgen.search.bert import MINILM, Encoder, find, load, save
+from smidgen.search.contrastive import Contrastive
 from smidgen.search.features import FEATURES, Feature, Query, read_features, read_queries, write_features, write_queries
 from smidgen.search.folder import sizes
 from smidgen.search.metrics import by_kind
+from smidgen.search.relevance import LIFT, relevance, sides
 from smidgen.search.searcher import Searcher
 from smidgen.search.static import static
 
@@ -110,7 +113,8 @@ def rankings(bench: Bench, seed: int) -> Iterator[dict]:
         "minilm title": lambda: baselines.dense(start, titles)(texts),
         "minilm all fields": lambda: baselines.dense(start, whole)(texts),
         "minilm mean of both": lambda: dense,
-        "minilm views": lambda: scored(bench, start),
+        "minilm views": lambda: scored(bench, start, "texts"),
+        "minilm views and examples": lambda: scored(bench, start, "examples"),
         "static of minilm, 256 wide": lambda: baselines.dense(static(start, 256), titles, whole)(texts),
         "rrf of bm25 and minilm": lambda: baselines.fused(bm25, dense),
     }
@@ -118,17 +122,10 @@ def rankings(bench: Bench, seed: int) -> Iterator[dict]:
         yield {"system": name} | bench.figures(scores())
 
 
-def scored(bench: Bench, encoder: Encoder) -> np.ndarray:
-    """Scores of an encoder, one vector a feature."""
-    return cosines(encoder.encode(bench.texts), teacher.vectors(encoder, bench.features)).cpu().numpy()
-
-
-def between(start: Encoder, end: Encoder, weight: float) -> Encoder:
-    """(1 - w) start + w end."""
-    assert isinstance(start.model, Bert)
-    model = Bert(start.model.shape).to(start.device)
-    model.load_state_dict(interpolated(start.model.state_dict(), end.model.state_dict(), weight))
-    return replace(start, model=model.eval())
+def scored(bench: Bench, encoder: Encoder, by: str, examples: Sequence[Query] | None = None, lift: float = LIFT) -> np.ndarray:
+    """Scores of an encoder by texts or by examples, all of them or some."""
+    examples = () if by == "texts" else bench.queries if examples is None else examples
+    return relevance(encoder.encode(bench.texts), sides(encoder, bench.features, examples, lift)).cpu().numpy()
 
 
 def teachers(bench: Bench, seed: int) -> Iterator[dict]:
@@ -136,23 +133,26 @@ def teachers(bench: Bench, seed: int) -> Iterator[dict]:
     started = time.monotonic()
     config, start = bench.config(seed), bench.start()
     with bench.run("search train", f"teacher-{seed}", config) as run:
-        weight = bench.options.interpolation
+        weight, lift = bench.options.interpolation, LIFT
         if weight is None:
             kept, held_out = hold_out(bench.queries, seed)
             chosen = teacher.choose(start, bench.features, kept, held_out, config, run)
-            weight = max(chosen, key=lambda w: (chosen[w], -w))
-            print("held-out MRR@10 by weight:", {w: round(value, 4) for w, value in chosen.items()})
+            weight, lift = teacher.pick(chosen)
+            print("held-out MRR@10 by weight and lift:", {pair: round(value, 4) for pair, value in chosen.items()})
         end = teacher.train(start, bench.features, bench.queries, config, run, 1.0)
         folder = run.partial("artifact")
-        save(folder, between(start, end, weight))
+        save(folder, teacher.between(start, end, weight))
+        (folder / teacher.RELEVANCE).write_text(json.dumps({"version": 1, "lift": lift}) + "\n")
         write_features(folder / FEATURES, bench.features)
         write_queries(folder / teacher.TRAINED_ON, bench.queries)
         write_queries(folder / teacher.HELD_OUT, bench.dev)
         size = (run.keep(folder) / "model.safetensors").stat().st_size
     seconds = round(time.monotonic() - started)
     for w in sorted({weight, *teacher.WEIGHTS}):
-        name = f"teacher, weight {w:g}" + (" (chosen)" if w == weight else "")
-        yield {"system": name, "seconds": seconds, "size_mb": round(size / 1e6, 2)} | bench.figures(scored(bench, between(start, end, w)))
+        encoder = teacher.between(start, end, w)
+        for by in ("texts", "examples"):
+            name = f"teacher, weight {w:g}{' (chosen)' if w == weight else ''}, {by}"
+            yield {"system": name, "seconds": seconds, "size_mb": round(size / 1e6, 2)} | bench.figures(scored(bench, encoder, by))
 
 
 def hold_out(queries: tuple[Query, ...], seed: int) -> tuple[tuple[Query, ...], tuple[Query, ...]]:
@@ -221,18 +221,32 @@ def leave_out(bench: Bench, seed: int) -> Iterator[dict]:
     start, config = bench.start(), bench.config(seed)
     full = load(bench.options.models / f"teacher-{seed}" / "artifact", teacher.LENGTH)
     full.model.to(bench.options.device)
-    weight = bench.options.interpolation
-    scores = {"all features": scored(bench, full), "left out": np.zeros((len(bench.dev), len(bench.features)))}
+    lift = json.loads((bench.options.models / f"teacher-{seed}" / "artifact" / teacher.RELEVANCE).read_text())["lift"]
+    weight = 1.0 if bench.options.interpolation is None else bench.options.interpolation
+    for by in ("texts", "examples"):
+        yield {"system": f"all features, {by}"} | answerable(bench, scored(bench, full, by, lift=lift))
+    left = {by: np.zeros((len(bench.dev), len(bench.features))) for by in ("texts", "examples")}
     with bench.run("search train", f"leave-out-{seed}", config) as run:
         for fold in range(teacher.FOLDS):
             kept, parts = teacher.split(bench.features, bench.queries, bench.dev, fold, seed)
-            end = teacher.train(start, bench.features, kept, config, run, 1.0 if weight is None else weight)
-            unseen = [i for i, q in enumerate(bench.dev) if q in parts["unseen"]]
-            scores["left out"][unseen] = scored(bench, end)[unseen]
-    answerable = [i for i, q in enumerate(bench.dev) if q.relevant]
-    for name, rows in scores.items():
-        found = by_kind(rows[answerable], [bench.dev[i] for i in answerable], bench.features)
-        yield {"system": name} | {f"{kind} {figure}": round(found[kind][figure], 4) for kind in KINDS for figure in FIGURES}
+            end = teacher.train(start, bench.features, kept, config, run, weight)
+            unseen = [i for i, q in enumerate(bench.dev) if fold == fold_of(bench, q, seed)]
+            for by, rows in left.items():
+                rows[unseen] = scored(bench, end, by, kept, lift)[unseen]
+    for by, rows in left.items():
+        yield {"system": f"left out, {by}"} | answerable(bench, rows)
+
+
+def fold_of(bench: Bench, query: Query, seed: int) -> int | None:
+    """The fold in which the first relevant feature of a query is left out."""
+    place = np.random.default_rng(seed).permutation(len(bench.features))
+    number = {feature.id: i for i, feature in enumerate(bench.features)}
+    return int(place[number[query.relevant[0]]] % teacher.FOLDS) if query.relevant else None
+
+
+def answerable(bench: Bench, scores: np.ndarray) -> dict[str, float]:
+    """Figures without AUROC: queries that nothing fits belong to no fold."""
+    return {name: value for name, value in bench.figures(scores).items() if name != "auroc"}
 
 
 def ablations(bench: Bench, seed: int) -> Iterator[dict]:
@@ -243,7 +257,8 @@ def ablations(bench: Bench, seed: int) -> Iterator[dict]:
         config = bench.config(seed, method=method)
         with bench.run("search train", f"ablation-{name.replace(' ', '-')}-{seed}", config) as run:
             end = teacher.train(start, bench.features, bench.queries, config, run, 1.0)
-        yield {"system": name, "seconds": round(time.monotonic() - started)} | bench.figures(scored(bench, end))
+        for by in ("texts", "examples"):
+            yield {"system": f"{name}, {by}", "seconds": round(time.monotonic() - started)} | bench.figures(scored(bench, end, by))
 
 
 TABLES = {

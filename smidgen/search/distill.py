@@ -25,7 +25,7 @@ from smidgen.fit import FitConfig, fit
 from smidgen.precision import pick_device
 from smidgen.run import Run
 from smidgen.search.bert import Bert, Encoder, keep_layers, keep_rows, load
-from smidgen.search.contrastive import cosines, own_queries
+from smidgen.search.contrastive import own_queries
 from smidgen.search.distillation import Distillation, Material, batches, narrowed, objective, spread
 from smidgen.search.export import export
 from smidgen.search.features import CATALOGUE, FEATURES, QUERIES, Feature, Query, read_features, read_queries, write_features
@@ -33,9 +33,10 @@ from smidgen.search.folder import DESCRIPTION, INDEX, INNER, SETTINGS, TOKENIZER
 from smidgen.search.fusion import words
 from smidgen.search.index import Index
 from smidgen.search.metrics import DEPTH, by_kind
+from smidgen.search.relevance import LIFT, relevance, sides
 from smidgen.search.searcher import Searcher, Settings, settle
 from smidgen.search.static import components, static
-from smidgen.search.teacher import HELD_OUT, LENGTH, TRAINED_ON, vectors
+from smidgen.search.teacher import HELD_OUT, LENGTH, RELEVANCE, TRAINED_ON
 from smidgen.search.vocabulary import pruned
 
 WARMUP = 0.1  # of the updates
@@ -110,8 +111,9 @@ class Taught:
     "It was trained on these,"
     held_out: tuple[Query, ...]
     "and not on those."
-    vectors: Float[Tensor, "features width"]
-    "v_f"
+    bank: Float[Tensor, "features 2 width"]
+    "v_f and e_f"
+    lift: float
 
     @staticmethod
     def read(config: Config, device: torch.device) -> "Taught":
@@ -125,7 +127,8 @@ class Taught:
         held_out = read_queries(kept_back, features) if kept_back.is_file() or config.held_out else ()
         teacher = load(folder, LENGTH)
         teacher.model.to(device)
-        return Taught(teacher, features, queries, held_out, vectors(teacher, features))
+        lift = read_lift(folder / RELEVANCE)
+        return Taught(teacher, features, queries, held_out, sides(teacher, features, queries, lift), lift)
 
 
 @dataclass(frozen=True)
@@ -136,8 +139,8 @@ class Distilled:
     smaller: Encoder
     "Before training."
     student: Encoder
-    bank: Float[Tensor, "features narrow"]
-    "v_f as it stands in the index."
+    bank: Float[Tensor, "features 2 narrow"]
+    "v_f and e_f as they stand in the index."
     basis: Float[Tensor, "width narrow"] | None
     "Directions kept of the teacher's vectors; none: all."
 
@@ -162,7 +165,7 @@ def main(config: Config, run: Run) -> dict[str, Any]:
         layers=config.layers,
         bits=config.bits,
         vocabulary=made.student.tokenizer.get_vocab_size(),
-        width=made.bank.shape[1],
+        width=made.bank.shape[2],
         features=len(made.taught.features),
         parameters=sum(p.numel() for p in made.student.model.parameters()),
         size_bytes=sum(sizes(folder).values()),
@@ -182,13 +185,23 @@ def distilled(config: Config, run: Run) -> Distilled:
     queries = (*taught.queries, *own_queries(taught.features))
     material = Material.of(taught.features, queries, more_texts(config), taught.teacher)
     smaller, basis = shrunk(taught, material, config)
-    bank = narrowed(taught.vectors, basis)
+    bank = narrowed(taught.bank, basis)
     model = copy.deepcopy(smaller.model)
     if config.steps:
         fitting = FitConfig(config.steps, config.rate(), warmup=int(WARMUP * config.steps), precision=config.precision, seed=config.seed)
         loss = objective(config.method, taught.teacher, bank, basis)
         fit(model, loss, batches(smaller, taught.teacher, material, taught.features, config.batch, config.seed), fitting, run)
     return Distilled(taught, smaller, replace(smaller, model=model), bank, basis)
+
+
+def read_lift(path: Path) -> float:
+    """What the teacher's folder says of it; a folder of sentence-transformers says nothing."""
+    if not path.is_file():
+        return LIFT
+    try:
+        return float(json.loads(path.read_text())["lift"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged; train again") from error
 
 
 def more_texts(config: Config) -> list[str]:
@@ -213,7 +226,7 @@ def shrunk(taught: Taught, material: Material, config: Config) -> tuple[Encoder,
     small = Encoder(keep_rows(teacher.model, pieces, positions).eval(), tokenizer, positions)
     if config.layers == "static":
         width = min(config.width, teacher.model.shape.width)
-        basis = components(torch.cat([taught.vectors, teacher.encode(known)]), width)
+        basis = components(torch.cat([taught.bank.flatten(0, 1), teacher.encode(known)]), width)
         return static(small, width, basis), basis
     if int(config.layers) > teacher.model.shape.layers:
         raise UserError(f"--layers {config.layers}: the teacher has {teacher.model.shape.layers}")
@@ -231,14 +244,16 @@ def write(folder: Path, made: Distilled, config: Config) -> None:
     description = {
         "version": ENCODER_VERSION,
         "kind": "static" if config.layers == "static" else "onnx",
-        "width": bank.shape[1],
+        "width": bank.shape[2],
         "length": student.length,
         "vocabulary": student.tokenizer.get_vocab_size(),
         "layers": 0 if config.layers == "static" else int(config.layers),
         "bits": config.bits,
+        "lift": made.taught.lift,
     }
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
-    Index.of(list(bank[:, None].cpu().double().numpy()), [words(feature) for feature in features]).write(folder / INDEX)
+    views = [pair[:1] if np.array_equal(*pair) else pair for pair in bank.cpu().double().numpy()]
+    Index.of(views, [words(feature) for feature in features]).write(folder / INDEX)
     Settings().write(folder / SETTINGS)
 
 
@@ -252,7 +267,7 @@ def measured(folder: Path, made: Distilled) -> list[dict[str, Any]]:
     vectors |= {"smaller": made.smaller.encode(texts), "distilled": made.student.encode(texts)}
     searcher = Searcher.open(folder)
     vectors["written"] = torch.from_numpy(searcher.encoder(texts)).to(full.device)
-    scores = {name: cosines(u, taught.vectors if u.shape[1] == full.shape[1] else bank).cpu().numpy() for name, u in vectors.items()}
+    scores = {name: relevance(u, taught.bank if u.shape[1] == full.shape[1] else bank).cpu().numpy() for name, u in vectors.items()}
     scores["indexed"] = np.stack([searcher.index.scores(u) for u in vectors["written"].cpu().numpy()])
     scores["fused"] = np.stack([searcher.scores(text) for text in texts])
     best = {name: np.argsort(-s, 1, kind="stable")[:, :DEPTH] for name, s in scores.items()}
