@@ -228,7 +228,7 @@ def leave_out(bench: Bench, seed: int) -> Iterator[dict]:
     left = {by: np.zeros((len(bench.dev), len(bench.features))) for by in ("texts", "examples")}
     with bench.run("search train", f"leave-out-{seed}", config) as run:
         for fold in range(teacher.FOLDS):
-            kept, parts = teacher.split(bench.features, bench.queries, bench.dev, fold, seed)
+            kept, _ = teacher.split(bench.features, bench.queries, (), fold, seed)
             end = teacher.train(start, bench.features, kept, config, run, weight)
             unseen = [i for i, q in enumerate(bench.dev) if fold == fold_of(bench, q, seed)]
             for by, rows in left.items():
