@@ -3,7 +3,8 @@
 What lies in RUN/artifact of `smidgen search train` (the teacher; a sentence-transformers folder):
 
     features.jsonl          what was learnt for, as `smidgen.search.features` reads it
-    queries.jsonl           the training queries
+    queries.jsonl           the training queries; held_out.jsonl: those kept back
+    relevance.json          {"version": 1, "lift"}: of features without example queries
     config.json, model.safetensors, tokenizer.json, modules.json, 1_Pooling/, 2_Normalize/ ...
 
 What lies in RUN/artifact of `smidgen search distill`, which a device reads with numpy, tokenizers and onnxruntime (encoder.py, index.py):
@@ -14,7 +15,7 @@ What lies in RUN/artifact of `smidgen search distill`, which a device reads with
                             length 1; ids are cut to `length` with [CLS] and [SEP] kept
     encoder.npz             instead of it, the static tier: codes int8 (vocabulary, width), scale float32 (vocabulary,); a query's vector is
                             the sum of codes[id] * scale[id] over its ids without [CLS] and [SEP], brought to length 1
-    index.smi               vectors of the features: several a feature, its views; its score is their maximum
-    encoder.json            {"version": 1, "kind": "onnx" or "static", "width", "length", "vocabulary", "layers", "bits"}
+    index.smi               vectors of the features, one or more each; a feature's score is their maximum (relevance.py)
+    encoder.json            {"version": 1, "kind": "onnx" or "static", "width", "length", "vocabulary", "layers", "bits", "lift"}
     config.json             of the run-time part: how scores are fused, and from which score on an answer is shown
 """

@@ -1,20 +1,23 @@
 """`smidgen search add`: new features without training.
 
-Their views go through the encoder of the folder, which is the small one: the features learnt with it were written by its teacher, so a
-new one is found a little less well. features.jsonl gets its lines first and the index is renamed into place after it; lines beyond the
-number of features in the index are an addition that was cut short, which readers leave alone and the next addition removes.
+Their views go through the encoder of the folder, which is the small one: the features learnt with it were written by its teacher, and
+most have example queries, so a new one is found less well. It gets the mean of its views, lifted as its like were (relevance.py).
+features.jsonl gets its lines first and the index is renamed into place after it; lines beyond the number of features in the index are an
+addition that was cut short, which readers leave alone and the next addition removes.
 """
 
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from cyclopts import Parameter
 
 from smidgen.errors import UserError
 from smidgen.search.features import Feature, read_features, write_features
-from smidgen.search.folder import FEATURES, INDEX
+from smidgen.search.folder import DESCRIPTION, FEATURES, INDEX
 from smidgen.search.fusion import words
 from smidgen.search.searcher import Searcher
 
@@ -51,7 +54,10 @@ def add(searcher: Searcher, added: tuple[Feature, ...], source: Path) -> None:
     for number, feature in enumerate(added, start=1):
         if feature.id in known:
             raise UserError(f"{source}, feature {number}: id {feature.id!r} is in {searcher.folder / FEATURES} already; ids must differ")
-    index = searcher.index.extended([searcher.encoder(feature.views()) for feature in added], [words(feature) for feature in added])
+    lift = json.loads((searcher.folder / DESCRIPTION).read_text(encoding="utf-8")).get("lift", 1.0)
+    means = [searcher.encoder(feature.views()).mean(0, keepdims=True) for feature in added]
+    vectors = [lift * mean / max(float(np.linalg.norm(mean)), 1e-12) for mean in means]
+    index = searcher.index.extended(vectors, [words(feature) for feature in added])
     partial = searcher.folder / f"{FEATURES}.partial"
     write_features(partial, (*searcher.features, *added))
     partial.replace(searcher.folder / FEATURES)

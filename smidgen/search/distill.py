@@ -10,7 +10,6 @@ threshold below which nothing fits comes from the same queries, some of which ha
 import copy
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +25,7 @@ from smidgen.fit import FitConfig, fit
 from smidgen.precision import pick_device
 from smidgen.run import Run
 from smidgen.search.bert import Bert, Encoder, keep_layers, keep_rows, load
-from smidgen.search.contrastive import cosines, own_queries
+from smidgen.search.contrastive import own_queries
 from smidgen.search.distillation import Distillation, Material, batches, narrowed, objective, spread
 from smidgen.search.export import export
 from smidgen.search.features import CATALOGUE, FEATURES, QUERIES, Feature, Query, read_features, read_queries, write_features
@@ -34,9 +33,10 @@ from smidgen.search.folder import DESCRIPTION, INDEX, INNER, SETTINGS, TOKENIZER
 from smidgen.search.fusion import words
 from smidgen.search.index import Index
 from smidgen.search.metrics import DEPTH, by_kind
+from smidgen.search.relevance import LIFT, relevance, sides
 from smidgen.search.searcher import Searcher, Settings, settle
 from smidgen.search.static import components, static
-from smidgen.search.teacher import HELD_OUT, LENGTH, TRAINED_ON, vectors
+from smidgen.search.teacher import HELD_OUT, LENGTH, RELEVANCE, TRAINED_ON
 from smidgen.search.vocabulary import pruned
 
 WARMUP = 0.1  # of the updates
@@ -111,8 +111,9 @@ class Taught:
     "It was trained on these,"
     held_out: tuple[Query, ...]
     "and not on those."
-    vectors: Float[Tensor, "features width"]
-    "v_f"
+    bank: Float[Tensor, "features 2 width"]
+    "v_f and e_f"
+    lift: float
 
     @staticmethod
     def read(config: Config, device: torch.device) -> "Taught":
@@ -126,48 +127,81 @@ class Taught:
         held_out = read_queries(kept_back, features) if kept_back.is_file() or config.held_out else ()
         teacher = load(folder, LENGTH)
         teacher.model.to(device)
-        return Taught(teacher, features, queries, held_out, vectors(teacher, features))
+        lift = read_lift(folder / RELEVANCE)
+        return Taught(teacher, features, queries, held_out, sides(teacher, features, queries, lift), lift)
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """A student and what it is measured against."""
+
+    taught: Taught
+    smaller: Encoder
+    "Before training."
+    student: Encoder
+    bank: Float[Tensor, "features 2 narrow"]
+    "v_f and e_f as they stand in the index."
+    basis: Float[Tensor, "width narrow"] | None
+    "Directions kept of the teacher's vectors; none: all."
 
 
 def main(config: Config, run: Run) -> dict[str, Any]:
-    """Read, shrink, train, write, calibrate, measure."""
-    config.check()
+    """Distil, write, calibrate, measure."""
     started = time.monotonic()
-    device = pick_device(config.device)
-    taught = Taught.read(config, device)
-    queries = (*taught.queries, *own_queries(taught.features))
-    material = Material.of(taught.features, queries, more_texts(config), taught.teacher)
-
-    student, basis = shrunk(taught, material, config)
-    bank = narrowed(taught.vectors, basis)
-    trained = train(student, taught.teacher, material, taught.features, bank, basis, config, run)
+    made = distilled(config, run)
     folder = run.partial(INNER)
-    write(folder, trained, taught.features, bank, config)
+    write(folder, made, config)
     calibration = None
-    if {q.kind == "none" for q in taught.held_out} == {True, False}:
-        calibration = settle(folder, taught.held_out)
+    if {q.kind == "none" for q in made.taught.held_out} == {True, False}:
+        calibration = settle(folder, made.taught.held_out)
     else:
         run.say("no held-out queries of both sorts, answerable and of kind none: every query will be shown an answer")
     folder = run.keep(folder)
-    costs = measured(folder, taught, {"smaller": student, "distilled": trained}, bank, basis)
+    costs = measured(folder, made)
     for row in costs:
         run.log(**row)
     return run.finish(
         costs=costs,
         layers=config.layers,
         bits=config.bits,
-        vocabulary=trained.tokenizer.get_vocab_size(),
-        width=bank.shape[1],
-        features=len(taught.features),
-        parameters=sum(p.numel() for p in trained.model.parameters()),
+        vocabulary=made.student.tokenizer.get_vocab_size(),
+        width=made.bank.shape[2],
+        features=len(made.taught.features),
+        parameters=sum(p.numel() for p in made.student.model.parameters()),
         size_bytes=sum(sizes(folder).values()),
         size_bytes_by_file=sizes(folder),
         calibration=None if calibration is None else calibration.row(),
         steps=config.steps,
         seconds=time.monotonic() - started,
-        device=str(device),
+        device=str(made.bank.device),
         seed=config.seed,
     )
+
+
+def distilled(config: Config, run: Run) -> Distilled:
+    """Read, shrink, train."""
+    config.check()
+    taught = Taught.read(config, pick_device(config.device))
+    queries = (*taught.queries, *own_queries(taught.features))
+    material = Material.of(taught.features, queries, more_texts(config), taught.teacher)
+    smaller, basis = shrunk(taught, material, config)
+    bank = narrowed(taught.bank, basis)
+    model = copy.deepcopy(smaller.model)
+    if config.steps:
+        fitting = FitConfig(config.steps, config.rate(), warmup=int(WARMUP * config.steps), precision=config.precision, seed=config.seed)
+        loss = objective(config.method, taught.teacher, bank, basis)
+        fit(model, loss, batches(smaller, taught.teacher, material, taught.features, config.batch, config.seed), fitting, run)
+    return Distilled(taught, smaller, replace(smaller, model=model), bank, basis)
+
+
+def read_lift(path: Path) -> float:
+    """What the teacher's folder says of it; a folder of sentence-transformers says nothing."""
+    if not path.is_file():
+        return LIFT
+    try:
+        return float(json.loads(path.read_text())["lift"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged; train again") from error
 
 
 def more_texts(config: Config) -> list[str]:
@@ -192,7 +226,7 @@ def shrunk(taught: Taught, material: Material, config: Config) -> tuple[Encoder,
     small = Encoder(keep_rows(teacher.model, pieces, positions).eval(), tokenizer, positions)
     if config.layers == "static":
         width = min(config.width, teacher.model.shape.width)
-        basis = components(torch.cat([taught.vectors, teacher.encode(known)]), width)
+        basis = components(torch.cat([taught.bank.flatten(0, 1), teacher.encode(known)]), width)
         return static(small, width, basis), basis
     if int(config.layers) > teacher.model.shape.layers:
         raise UserError(f"--layers {config.layers}: the teacher has {teacher.model.shape.layers}")
@@ -201,60 +235,39 @@ def shrunk(taught: Taught, material: Material, config: Config) -> tuple[Encoder,
     return replace(small, model=keep_layers(small.model, kept).eval()), None
 
 
-def train(
-    student: Encoder,
-    teacher: Encoder,
-    material: Material,
-    features: Sequence[Feature],
-    bank: Float[Tensor, "features narrow"],
-    basis: Float[Tensor, "width narrow"] | None,
-    config: Config,
-    run: Run,
-) -> Encoder:
-    """A distilled copy of the student."""
-    model = copy.deepcopy(student.model)
-    if config.steps:
-        fitting = FitConfig(config.steps, config.rate(), warmup=int(WARMUP * config.steps), precision=config.precision, seed=config.seed)
-        loss = objective(config.method, teacher, bank, basis)
-        fit(model, loss, batches(student, teacher, material, features, config.batch, config.seed), fitting, run)
-    return replace(student, model=model)
-
-
-def write(folder: Path, student: Encoder, features: Sequence[Feature], bank: Float[Tensor, "features narrow"], config: Config) -> None:
-    """What a device needs; see the package's description."""
+def write(folder: Path, made: Distilled, config: Config) -> None:
+    """What a device needs, every answer shown; see the package's description."""
+    student, features, bank = made.student, made.taught.features, made.bank
     write_features(folder / FEATURES, features)
     student.tokenizer.save(str(folder / TOKENIZER), pretty=False)
     export(student, folder, config.bits)
     description = {
         "version": ENCODER_VERSION,
         "kind": "static" if config.layers == "static" else "onnx",
-        "width": bank.shape[1],
+        "width": bank.shape[2],
         "length": student.length,
         "vocabulary": student.tokenizer.get_vocab_size(),
         "layers": 0 if config.layers == "static" else int(config.layers),
         "bits": config.bits,
+        "lift": made.taught.lift,
     }
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
-    Index.of(list(bank[:, None].cpu().double().numpy()), [words(feature) for feature in features]).write(folder / INDEX)
+    views = [pair[:1] if np.array_equal(*pair) else pair for pair in bank.cpu().double().numpy()]
+    Index.of(views, [words(feature) for feature in features]).write(folder / INDEX)
     Settings().write(folder / SETTINGS)
 
 
-def measured(
-    folder: Path,
-    taught: Taught,
-    students: dict[str, Encoder],
-    bank: Float[Tensor, "features narrow"],
-    basis: Float[Tensor, "width narrow"] | None,
-) -> list[dict[str, Any]]:
+def measured(folder: Path, made: Distilled) -> list[dict[str, Any]]:
     """What each step cost, on held-out queries, or without any on those learnt from."""
+    taught, bank, basis = made.taught, made.bank, made.basis
     queries = taught.held_out or taught.queries or own_queries(taught.features)
     texts = [q.query for q in queries]
     full = taught.teacher.encode(texts)
     vectors = {"teacher": full} if basis is None else {"teacher": full, "narrow": narrowed(full, basis)}
-    vectors |= {name: student.encode(texts) for name, student in students.items()}
+    vectors |= {"smaller": made.smaller.encode(texts), "distilled": made.student.encode(texts)}
     searcher = Searcher.open(folder)
     vectors["written"] = torch.from_numpy(searcher.encoder(texts)).to(full.device)
-    scores = {name: cosines(u, taught.vectors if u.shape[1] == full.shape[1] else bank).cpu().numpy() for name, u in vectors.items()}
+    scores = {name: relevance(u, taught.bank if u.shape[1] == full.shape[1] else bank).cpu().numpy() for name, u in vectors.items()}
     scores["indexed"] = np.stack([searcher.index.scores(u) for u in vectors["written"].cpu().numpy()])
     scores["fused"] = np.stack([searcher.scores(text) for text in texts])
     best = {name: np.argsort(-s, 1, kind="stable")[:, :DEPTH] for name, s in scores.items()}

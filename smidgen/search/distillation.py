@@ -4,9 +4,9 @@ Only queries are encoded on the device, so only their encoder has to be small: f
 S. Wang, C. Macdonald et al., Query Encoder Distillation via Embedding Alignment, arXiv 2306.11550). The student starts as the teacher with
 layers left out, or as a table of its pieces (static.py).
 
-    u_S, u_T    vectors of a text by student and teacher; where the student is narrower, u_T and all v_f are cut to the directions in
+    u_S, u_T    vectors of a text by student and teacher; where the student is narrower, u_T, v_f and e_f are cut to the directions in
                 which texts and features are greatest, and brought to length 1 again
-    s = u . v_f
+    s_f = max(u . v_f, u . e_f)                          relevance.py
     L = a (1 - u_S . u_T) + b KL( softmax(s_T/t) || softmax(s_S/t) ) + c InfoNCE(s_S, P; t)                             minimised
 
 The first two terms need no labels, so any text will do. Besides queries and features' texts it is made of: queries with a word lost or
@@ -26,9 +26,10 @@ from torch import Tensor, nn
 
 from smidgen.fit import Batches, Loss
 from smidgen.search.bert import Encoder
-from smidgen.search.contrastive import cosines, labels
+from smidgen.search.contrastive import labels
 from smidgen.search.features import Feature, Query
 from smidgen.search.losses import alignment, info_nce, list_kl
+from smidgen.search.relevance import relevance
 from smidgen.search.typos import misspelt
 
 SHARES = {"query": 0.4, "misspelt": 0.15, "spliced": 0.2, "replaced": 0.15, "feature": 0.1}
@@ -116,16 +117,16 @@ def batches(student: Encoder, teacher: Encoder, material: Material, features: Se
 
 
 def objective(
-    method: Distillation, teacher: Encoder, bank: Float[Tensor, "features narrow"], basis: Float[Tensor, "width narrow"] | None
+    method: Distillation, teacher: Encoder, bank: Float[Tensor, "features 2 narrow"], basis: Float[Tensor, "width narrow"] | None
 ) -> Loss:
-    """L of a batch; `bank` holds v_f, `basis` the directions that are kept of u_T."""
+    """L of a batch; `bank` holds v_f and e_f, `basis` the directions that are kept of u_T."""
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         with torch.no_grad():
             target = narrowed(teacher.model(batch.teacher_ids, batch.teacher_mask), basis)
         u = model(batch.ids, batch.mask)
-        scores = cosines(u, bank)
-        value = method.alignment * alignment(u, target) + method.list_kl * list_kl(scores, cosines(target, bank), method.temperature)
+        scores = relevance(u, bank)
+        value = method.alignment * alignment(u, target) + method.list_kl * list_kl(scores, relevance(target, bank), method.temperature)
         if method.labels == 0 or not batch.labelled.any():
             return value
         supervised = info_nce(scores[batch.labelled], batch.positive, method.temperature, batch.masked)
@@ -134,12 +135,12 @@ def objective(
     return loss
 
 
-def narrowed(vectors: Float[Tensor, "n width"], basis: Float[Tensor, "width narrow"] | None) -> Float[Tensor, "n narrow"]:
-    """The components of vectors in a basis, of length 1 again."""
+def narrowed(vectors: Float[Tensor, "*n width"], basis: Float[Tensor, "width narrow"] | None) -> Float[Tensor, "*n narrow"]:
+    """The components of vectors in a basis, as long as the vectors were."""
     if basis is None:
         return vectors
     with torch.autocast(vectors.device.type, enabled=False):
-        return F.normalize(vectors.float() @ basis, dim=-1)
+        return F.normalize(vectors.float() @ basis, dim=-1) * vectors.float().norm(dim=-1, keepdim=True)
 
 
 def spread(kept: int, layers: int) -> list[int]:

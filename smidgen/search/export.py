@@ -86,13 +86,13 @@ def graph(model: Bert, bits: int) -> "onnx.ModelProto":
     if bits == 8:
         model.words = ByteWords(model.words.weight)  # pyright: ignore[reportAttributeAccessIssue]  it looks up words as the other does
     n, length = torch.export.Dim("n", min=1), torch.export.Dim("length", min=2, max=model.shape.positions)
-    example = torch.ones(2, 7, dtype=torch.int64)
+    ids, mask = torch.ones(2, 7, dtype=torch.int64), torch.ones(2, 7, dtype=torch.int64)  # one tensor for both would become one input
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`isinstance.treespec")  # torch.export about its own classes
         warnings.filterwarnings("ignore", "# The axis name")  # both inputs share their axes; meant so
         program = torch.onnx.export(
             model,
-            (example, example.clone()),  # the same tensor twice would become one input: words looked up by the mask
+            (ids, mask),
             dynamo=True,
             opset_version=OPSET,
             input_names=list(INPUTS),

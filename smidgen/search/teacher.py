@@ -5,9 +5,11 @@
 A pre-trained encoder is fine-tuned (contrastive.py). Few data pull a network away from what it knew of language, so the result lies between
 the start and the end of training: (1 - w) start + w end. w is chosen by features that training has not seen: they are dealt into five
 folds, a network is trained without the queries of one fold, and the w is taken that ranks those queries, and some kept back of other
-features, best (MRR@10). Then training is repeated with all features. What was kept back stays so, for distill's table and threshold.
+features, best (MRR@10). So is the lift of features without examples (relevance.py). Then training is repeated with all features. What was
+kept back stays so, for distill's table and threshold.
 """
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
@@ -24,7 +26,7 @@ from smidgen.fit import FitConfig, fit
 from smidgen.precision import pick_device
 from smidgen.run import Run
 from smidgen.search.bert import MINILM, Bert, Encoder, find, load, save
-from smidgen.search.contrastive import Contrastive, Views, batches, cosines, groups, interpolated, objective, own_queries
+from smidgen.search.contrastive import Contrastive, Views, batches, groups, interpolated, objective, own_queries
 from smidgen.search.features import (
     CATALOGUE,
     FEATURES,
@@ -38,13 +40,17 @@ from smidgen.search.features import (
     write_queries,
 )
 from smidgen.search.metrics import by_kind
+from smidgen.search.relevance import LIFT, relevance, with_examples
 
 FOLDS = 5
 TRAINED_ON, HELD_OUT = "queries.jsonl", "held_out.jsonl"  # in the folder of a teacher
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 LENGTH = 64  # tokens of a text
 WARMUP = 0.1  # of the updates
+LIFTS = (1.0, 1.05, 1.1, 1.15, 1.2)
+RELEVANCE = "relevance.json"  # beside them: {"version", "lift"}
 Parts = Mapping[str, Sequence[Query]]
+Choices = dict[tuple[float, float], float]
 
 
 @Parameter(name="*")
@@ -121,19 +127,21 @@ def main(config: Config, run: Run) -> dict[str, Any]:
     start.model.to(device)
 
     chosen = {} if config.interpolation is not None else choose(start, features, queries, held_out, config, run)
-    weight = config.interpolation if config.interpolation is not None else max(chosen, key=lambda w: (chosen[w], -w))
+    weight, lift = pick(chosen) if config.interpolation is None else (config.interpolation, LIFT)
     teacher = train(start, features, queries, config, run, weight)
 
     folder = run.partial("artifact")
     save(folder, teacher)
     write_features(folder / FEATURES, features)
+    (folder / RELEVANCE).write_text(json.dumps({"version": 1, "lift": lift}) + "\n")
     for name, part in ((TRAINED_ON, queries), (HELD_OUT, held_out)):
         if part:
             write_queries(folder / name, part)
     run.keep(folder)
     return run.finish(
         interpolation=weight,
-        held_out_mrr=chosen,
+        lift=lift,
+        held_out_mrr={w: max(mrr for (other, _), mrr in chosen.items() if other == w) for w, _ in chosen},
         features=len(features),
         queries=len(queries),
         parameters=sum(p.numel() for p in teacher.model.parameters()),
@@ -192,29 +200,43 @@ def train(start: Encoder, features: Sequence[Feature], queries: Sequence[Query],
         run,
         groups=groups(model, config.learning_rate, config.layer_decay),
     )
-    model.load_state_dict(interpolated(start.model.state_dict(), model.state_dict(), weight))
-    return replace(encoder, model=model.eval())
+    return between(start, replace(encoder, model=model), weight)
 
 
 def choose(
     start: Encoder, features: Sequence[Feature], queries: Sequence[Query], held_out: Sequence[Query], config: Config, run: Run
-) -> dict[float, float]:
-    """MRR@10 on held-out queries for every weight, mean over folds and over queries of features seen and not seen."""
+) -> Choices:
+    """MRR@10 on held-out queries for every weight and lift, mean over folds and over queries of features seen and not seen."""
     assert isinstance(start.model, Bert)
     if not queries:
         raise UserError("without example queries no weight can be chosen; give --queries, or --interpolation, 0.5 for example")
-    found: dict[float, list[float]] = {w: [] for w in WEIGHTS}
+    found: dict[tuple[float, float], list[float]] = {(w, lift): [] for w in WEIGHTS for lift in LIFTS}
     for fold in range(config.folds):
         kept, parts = split(features, queries, held_out, fold, config.seed)
-        trained = train(start, features, kept, config, run, 1.0)
-        end = trained.model.state_dict()
+        end = train(start, features, kept, config, run, 1.0)
         for weight in WEIGHTS:
-            model = Bert(start.model.shape).to(start.device)
-            model.load_state_dict(interpolated(start.model.state_dict(), end, weight))
-            figures = {name: measured(replace(start, model=model.eval()), features, part)["all"] for name, part in parts.items()}
-            run.log(fold=fold, weight=weight, **{f"{name} {k}": v for name, part in figures.items() for k, v in part.items()})
-            found[weight].append(float(np.mean([part["mrr@10"] for part in figures.values()])))
-    return {w: float(np.mean(values)) for w, values in found.items()}
+            encoder = between(start, end, weight)
+            texts = vectors(encoder, features)
+            asked = {name: encoder.encode([q.query for q in part]) for name, part in parts.items()}
+            for lift in LIFTS:
+                bank = with_examples(texts, encoder, features, kept, lift)
+                ranked = {name: by_kind(relevance(u, bank).cpu().numpy(), parts[name], features)["all"] for name, u in asked.items()}
+                run.log(fold=fold, weight=weight, lift=lift, **{f"{name} {k}": v for name, part in ranked.items() for k, v in part.items()})
+                found[weight, lift].append(float(np.mean([part["mrr@10"] for part in ranked.values()])))
+    return {pair: float(np.mean(values)) for pair, values in found.items()}
+
+
+def pick(choices: Choices) -> tuple[float, float]:
+    """The weight and the lift of the highest MRR@10; of equal ones the least."""
+    return max(choices, key=lambda pair: (choices[pair], -pair[0], -pair[1]))
+
+
+def between(start: Encoder, end: Encoder, weight: float) -> Encoder:
+    """The network (1 - w) start + w end."""
+    assert isinstance(start.model, Bert)
+    model = Bert(start.model.shape).to(start.device)
+    model.load_state_dict(interpolated(start.model.state_dict(), end.model.state_dict(), weight))
+    return replace(start, model=model.eval())
 
 
 def split(
@@ -228,16 +250,6 @@ def split(
     seen = [q for q in held_out if q.relevant and not fold_ids & set(q.relevant)]
     kept = tuple(q for q in queries if not fold_ids & set(q.relevant))
     return kept, {name: part for name, part in (("seen", seen), ("unseen", unseen)) if part}
-
-
-def measured(encoder: Encoder, features: Sequence[Feature], queries: Sequence[Query]) -> dict[str, dict]:
-    """Figures by kind, with one vector a feature."""
-    return by_kind(scores(encoder, features, queries).cpu().numpy(), queries, features)
-
-
-def scores(encoder: Encoder, features: Sequence[Feature], queries: Sequence[Query]) -> Float[Tensor, "queries features"]:
-    """s of every query and feature."""
-    return cosines(encoder.encode([q.query for q in queries]), vectors(encoder, features))
 
 
 def vectors(encoder: Encoder, features: Sequence[Feature]) -> Float[Tensor, "features width"]:
