@@ -64,7 +64,7 @@ sys.exit(code)
 
 def tokenizer() -> Tokenizer:
     """WordPiece of the words used here and single letters, q and z left out."""
-    text = " ".join([*(words(f) for f in CATALOGUE), *(q.query for q in QUERIES), *MEANS.values()])
+    text = " ".join([*(words(f) for f in CATALOGUE), *(q.query for q in QUERIES if q.kind != "typo"), *MEANS.values()])
     letters = [c for c in "abcdefghijklmnoprstuvwxy"]
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *letters, *("##" + c for c in letters)]
     normal = normalizers.BertNormalizer()

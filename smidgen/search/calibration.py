@@ -89,7 +89,8 @@ def calibrate(answerable: Float[np.ndarray, "n 2"], none: Float[np.ndarray, "m 2
     w, b = _fitted((x - mean) / spread, np.arange(len(x)) < len(answerable))
     weights, bias = w / spread, float(b - np.dot(w, mean / spread))
     p, q = _logistic(answerable @ weights + bias), _logistic(none @ weights + bias)
-    threshold = float(np.sort(p)[int(np.floor((1 - answer_rate) * len(p) + 1e-9))])
+    lowest = float(np.sort(p)[int(np.floor((1 - answer_rate) * len(p) + 1e-9))])
+    threshold = lowest * (1 - 1e-6)  # the query it comes from is answered, however its p is rounded next time
     return Calibration(
         tuple(weights.tolist()),
         bias,
