@@ -20,5 +20,5 @@ for hit in answer.hits:
 
 lamp = Feature("desk_lamp", "Lamp on the desk", "Switches the lamp beside you", ("bulb",), "Settings > Connected devices")
 if lamp.id not in {feature.id for feature in searcher.features}:
-    add(searcher, (lamp,), folder)
+    add(searcher, (lamp,))
 print("bulb:", Searcher.open(folder)("bulb").hits[0].place)

@@ -110,7 +110,7 @@ def make_folder(folder: Path, kind: str = "onnx") -> Path:
     made = tokenizer()
     v = table(made)
     made.save(str(folder / "tokenizer.json"))
-    described = {"version": 1, "kind": kind, "width": WIDTH, "length": LENGTH, "vocabulary": len(v), "layers": 0, "bits": 32}
+    described = {"version": 1, "kind": kind, "width": WIDTH, "length": LENGTH, "vocabulary": len(v), "layers": 0, "bits": 32, "lift": 1.1}
     (folder / "encoder.json").write_text(json.dumps(described))
     if kind == "onnx":
         onnx.save(network(v), folder / "encoder.onnx")
@@ -226,8 +226,8 @@ def test_query_as_json(smidgen, made):
 
 def test_answers_without_torch_and_without_a_network(folder, tmp_path):
     """A fresh process in which importing torch, or reaching for the network, is an error."""
-    added = lines(tmp_path / "new.jsonl", [{"id": "torch", "title": "Dark torch"}])
-    for arguments in (["query", folder, "my eyes hurt", "--json"], ["add", folder, added], ["query", folder, "torch", "--json"]):
+    added = lines(tmp_path / "new.jsonl", [{"id": "torch", "title": "Noon"}])
+    for arguments in (["query", folder, "my eyes hurt", "--json"], ["add", folder, added], ["query", folder, "noon", "--json"]):
         done = subprocess.run([sys.executable, "-c", BLOCKED, "search", *map(str, arguments)], capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["hits"][0]["id"] == "torch"
@@ -257,6 +257,25 @@ def test_added_features_are_found_and_the_old_ones_stay(smidgen, folder, tmp_pat
     assert searcher("music sound").hits[0].feature.id == "equalizer"
     assert (searcher.index.scores(u)[:6] == old.index.scores(u)).all() and len(searcher.features) == 8
     assert sorted(f.name for f in folder.iterdir() if "partial" in f.name) == []
+
+
+def test_a_new_feature_stands_by_its_texts_and_its_examples(smidgen, folder, tmp_path):
+    """Without examples the unit mean of its views, lifted; with them that mean as it is, and the unit mean of the examples."""
+    feature = Feature("torch", "Torch", "Dark places", path="Settings > Display")
+    new = lines(tmp_path / "new.jsonl", [feature.row()])
+    asked = lines(tmp_path / "asked.jsonl", [{"query": "charger noon", "relevant": ["torch"]}, {"query": "empty", "relevant": ["torch"]}])
+    index, encoder = folder / INDEX, open_encoder(folder)
+    before = index.read_bytes()
+    unit = [v / np.linalg.norm(v) for v in (encoder(feature.views()).mean(0), encoder(["charger noon", "empty"]).mean(0))]
+    for options, expected in (((), [1.1 * unit[0]]), (("--queries", asked), unit)):
+        index.write_bytes(before)
+        assert smidgen("add", folder, new, *options)[0] == 0
+        read = Index.read(index)
+        start = int(read.starts[-2])
+        assert read.codes[start:] * read.scales[start:, None] == pytest.approx(np.array(expected), abs=0.01)
+    assert Searcher.open(folder)("charger noon").hits[0].feature.id in ("torch", "saver")
+    code, _, err = smidgen("add", folder, lines(tmp_path / "n2.jsonl", [{"id": "n", "title": "N"}]), "--queries", asked)
+    assert code == 2 and "'torch', which is no id of a feature" in err
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def known(encoded: Any) -> bool:
 
 def open_encoder(folder: Path, threads: int = 1) -> Encoder:
     """The encoder of a model's folder; files that are missing or damaged are refused by name."""
-    described = _description(folder / DESCRIPTION)
+    described = description(folder)
     tokenizer = _tokenizer(folder / TOKENIZER)
     if described["kind"] == "static":
         return _static(folder / TABLE, tokenizer, described["vocabulary"])
@@ -114,7 +114,9 @@ def open_encoder(folder: Path, threads: int = 1) -> Encoder:
     return Transformer(described["width"], described["length"], tokenizer, _session(folder / NETWORK, threads))
 
 
-def _description(path: Path) -> dict[str, Any]:
+def description(folder: Path) -> dict[str, Any]:
+    """What a folder says of its encoder."""
+    path = folder / DESCRIPTION
     present(path)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -125,6 +127,8 @@ def _description(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: describes no encoder this version reads; distil again")
     if not all(isinstance(found.get(name), int) and found[name] > 0 for name in wanted[found["kind"]]):
         raise UserError(f"{path}: damaged, {' and '.join(wanted[found['kind']])} must be positive numbers")
+    if not (isinstance(found.get("lift"), int | float) and 0 < found["lift"] < 10):
+        raise UserError(f"{path}: damaged, lift must be a positive number")
     return found
 
 
