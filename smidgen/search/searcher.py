@@ -21,7 +21,7 @@ from smidgen.search.spelling import Speller
 
 VERSION = 1
 LONGEST = 1000  # characters of a query; more is a document, not a question
-SENTENCE = 5  # words of an example
+SENTENCE = 6  # words of an example
 
 
 @dataclass(frozen=True)
