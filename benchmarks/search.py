@@ -38,6 +38,7 @@ from smidgen.search.bert import MINILM, Encoder, find, load, save
 from smidgen.search.contrastive import Contrastive
 from smidgen.search.features import FEATURES, Feature, Query, read_features, read_queries, write_features, write_queries
 from smidgen.search.folder import sizes
+from smidgen.search.fusion import Lexicon, fuse, words
 from smidgen.search.metrics import by_kind
 from smidgen.search.relevance import LIFT, relevance, sides
 from smidgen.search.searcher import Searcher
@@ -78,6 +79,11 @@ class Bench:
         found = by_kind(scores, self.dev, self.features)
         row = {f"{kind} {figure}": round(found[kind][figure], 4) for kind in KINDS for figure in FIGURES}
         return row | {"auroc": round(found["none"]["auroc"], 4)}
+
+    def fused(self, scores: np.ndarray) -> np.ndarray:
+        """With trigrams beside them (smidgen/search/fusion.py)."""
+        lexicon = Lexicon.of([words(feature) for feature in self.features])
+        return np.stack([fuse(row.astype(np.float32), lexicon.coverage(text)) for row, text in zip(scores, self.texts, strict=True)])
 
     def start(self) -> Encoder:
         """The pre-trained encoder."""
@@ -150,9 +156,12 @@ def teachers(bench: Bench, seed: int) -> Iterator[dict]:
     seconds = round(time.monotonic() - started)
     for w in sorted({weight, *teacher.WEIGHTS}):
         encoder = teacher.between(start, end, w)
+        about = {"seconds": seconds, "size_mb": round(size / 1e6, 2)}
         for by in ("texts", "examples"):
+            scores = scored(bench, encoder, by)
             name = f"teacher, weight {w:g}{' (chosen)' if w == weight else ''}, {by}"
-            yield {"system": name, "seconds": seconds, "size_mb": round(size / 1e6, 2)} | bench.figures(scored(bench, encoder, by))
+            yield {"system": name} | about | bench.figures(scores)
+            yield {"system": f"{name}, fused"} | about | bench.figures(bench.fused(scores))
 
 
 def hold_out(queries: tuple[Query, ...], seed: int) -> tuple[tuple[Query, ...], tuple[Query, ...]]:

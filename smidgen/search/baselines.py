@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Scores = Float[np.ndarray, "queries features"]
 Baseline = Callable[[Sequence[str]], Scores]
-TITLE, LATER, SUMMARY, KEYWORDS = 1, 3, 7, 9  # base ranks of the four rounds
+TITLE, LATER, SUMMARY, KEYWORDS = 1.0, 3.0, 7.0, 9.0  # base ranks of the four rounds
 LONG_TITLE = 20  # characters, beyond which a rank is one worse
 K = 60  # of reciprocal rank fusion
 
@@ -49,7 +49,7 @@ def aosp(features: Sequence[Feature]) -> Baseline:
             return KEYWORDS + worse
         return np.inf
 
-    return lambda queries: -np.array([[rank(q.strip(), f) for f in features] for q in queries], np.float64)
+    return lambda queries: -np.array([[rank(q.strip(), f) for f in features] for q in queries])
 
 
 def starts(query: str, text: str) -> bool:

@@ -55,7 +55,7 @@ def static(encoder: Encoder, width: int = 256, basis: Float[Tensor, "full width"
 @torch.no_grad()
 def pieces(encoder: Encoder, vocabulary: int, batch: int = 256) -> Float[Tensor, "vocabulary width"]:
     """The encoder's vector of every piece by itself, between [CLS] and [SEP]."""
-    first, last = (encoder.tokenizer.token_to_id(name) for name in ("[CLS]", "[SEP]"))
+    first, last = encoder.tokenizer.encode("").ids
     parts = []
     for ids in torch.arange(vocabulary, device=encoder.device).split(batch):
         around = torch.stack([torch.full_like(ids, first), ids, torch.full_like(ids, last)], 1)
