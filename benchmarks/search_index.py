@@ -2,8 +2,9 @@
 
     OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python benchmarks/search_index.py
 
-Vectors are random, two a feature as the students have them (its texts, its example queries); texts are words of the embedded catalogue drawn anew, 14 a feature; so are the queries. Times are the processor's, of
-this thread alone, so that what else runs hardly matters; wall times stand beside them. Rows go to benchmarks/results/search_index.csv.
+Vectors are random, two a feature as the students have them (its texts, its example queries); texts are words of the embedded catalogue
+drawn anew, 14 a feature; queries are the catalogue's. Times are the processor's, of this thread alone, so that what else runs hardly
+matters; wall times stand beside them. Rows go to benchmarks/results/search_index.csv.
 """
 
 import argparse
