@@ -36,12 +36,14 @@ from smidgen.run import Run
 from smidgen.search import baselines, distill, evaluate, teacher
 from smidgen.search.bert import MINILM, Encoder, find, load, save
 from smidgen.search.contrastive import Contrastive
+from smidgen.search.encoder import whole_words
 from smidgen.search.features import FEATURES, Feature, Query, read_features, read_queries, write_features, write_queries
 from smidgen.search.folder import sizes
 from smidgen.search.fusion import Lexicon, fuse, words
 from smidgen.search.metrics import by_kind
 from smidgen.search.relevance import LIFT, relevance, sides
 from smidgen.search.searcher import Searcher
+from smidgen.search.spelling import Speller
 from smidgen.search.static import static
 
 HERE = Path(__file__).parent
@@ -80,10 +82,14 @@ class Bench:
         row = {f"{kind} {figure}": round(found[kind][figure], 4) for kind in KINDS for figure in FIGURES}
         return row | {"auroc": round(found["none"]["auroc"], 4)}
 
-    def fused(self, scores: np.ndarray) -> np.ndarray:
-        """With trigrams beside them (smidgen/search/fusion.py)."""
+    def fused(self, encoder: Encoder, by: str) -> np.ndarray:
+        """Scores of a teacher as a device fuses them: spelling (smidgen/search/spelling.py) and trigrams (fusion.py)."""
         lexicon = Lexicon.of([words(feature) for feature in self.features])
-        return np.stack([fuse(row.astype(np.float32), lexicon.coverage(text)) for row, text in zip(scores, self.texts, strict=True)])
+        speller = Speller.of([feature.everything() for feature in self.features], whole_words(encoder.tokenizer))
+        meant = [speller.corrected(text) for text in self.texts]
+        cosine = np.maximum(scored(self, encoder, by), scored(self, encoder, by, texts=meant))
+        covered = [np.maximum(lexicon.coverage(a), lexicon.coverage(b)) for a, b in zip(self.texts, meant, strict=True)]
+        return np.stack([fuse(row.astype(np.float32), c) for row, c in zip(cosine, covered, strict=True)])
 
     def start(self) -> Encoder:
         """The pre-trained encoder."""
@@ -128,10 +134,17 @@ def rankings(bench: Bench, seed: int) -> Iterator[dict]:
         yield {"system": name} | bench.figures(scores())
 
 
-def scored(bench: Bench, encoder: Encoder, by: str, examples: Sequence[Query] | None = None, lift: float = LIFT) -> np.ndarray:
-    """Scores of an encoder by texts or by examples, all of them or some."""
+def scored(
+    bench: Bench,
+    encoder: Encoder,
+    by: str,
+    examples: Sequence[Query] | None = None,
+    lift: float = LIFT,
+    texts: Sequence[str] | None = None,
+) -> np.ndarray:
+    """Scores of an encoder by texts or by examples, all of them or some; of the development queries or of other texts."""
     examples = () if by == "texts" else bench.queries if examples is None else examples
-    return relevance(encoder.encode(bench.texts), sides(encoder, bench.features, examples, lift)).cpu().numpy()
+    return relevance(encoder.encode(texts or bench.texts), sides(encoder, bench.features, examples, lift)).cpu().numpy()
 
 
 def teachers(bench: Bench, seed: int) -> Iterator[dict]:
@@ -158,10 +171,9 @@ def teachers(bench: Bench, seed: int) -> Iterator[dict]:
         encoder = teacher.between(start, end, w)
         about = {"seconds": seconds, "size_mb": round(size / 1e6, 2)}
         for by in ("texts", "examples"):
-            scores = scored(bench, encoder, by)
             name = f"teacher, weight {w:g}{' (chosen)' if w == weight else ''}, {by}"
-            yield {"system": name} | about | bench.figures(scores)
-            yield {"system": f"{name}, fused"} | about | bench.figures(bench.fused(scores))
+            yield {"system": name} | about | bench.figures(scored(bench, encoder, by))
+            yield {"system": f"{name}, fused"} | about | bench.figures(bench.fused(encoder, by))
 
 
 def hold_out(queries: tuple[Query, ...], seed: int) -> tuple[tuple[Query, ...], tuple[Query, ...]]:
