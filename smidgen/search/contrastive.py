@@ -43,7 +43,7 @@ class Contrastive:
     """The method's numbers."""
 
     temperature: float = 0.05
-    "t"
+    "t, of the scores."
     hard: int = 1
     "Hard negatives of a query that are computed anew."
     filter: float = FILTER

@@ -62,7 +62,7 @@ class Config:
     bits: Literal[8, 32] = 8
     "Of the network's weights; a table always has 8."
     steps: int = 2000
-    "Updates."
+    "Updates; 0: none, the teacher's layers as they are."
     batch: int = 128
     "Texts per update."
     learning_rate: float | None = None
@@ -87,6 +87,9 @@ class Config:
         for name, value in (("vocabulary", self.vocabulary), ("width", self.width), ("batch", self.batch)):
             if value < 1:
                 raise UserError(f"--{name} must be positive, got {value}")
+        method = self.method
+        if not (method.temperature > 0 and min(method.alignment, method.list_kl, method.labels) >= 0):
+            raise UserError("--method: temperature must be positive, alignment, list-kl and labels not negative")
         if self.layers == "static" and self.bits != 8:
             raise UserError("--bits 32 is for networks; a static table is written in 8 bits")
 

@@ -40,13 +40,13 @@ class Distillation:
     """The method's numbers."""
 
     alignment: float = 1.0
-    "a"
+    "a, the weight of the vectors' alignment."
     list_kl: float = 1.0
-    "b"
+    "b, the weight of the scores of all features."
     labels: float = 0.3
-    "c"
+    "c, the weight of the labels."
     temperature: float = 0.05
-    "t"
+    "t, of the scores."
 
 
 class Batch(NamedTuple):
