@@ -23,6 +23,7 @@ from smidgen.report.quantization import evaluation, quantization, summary
 from smidgen.report.refine import refinement
 from smidgen.report.run import generic, provenance
 from smidgen.report.symbolic import symbolic_evaluation, symbolic_export, symbolic_training
+from smidgen.report.search import search_distillation, search_evaluation, search_training
 from smidgen.report.training import training
 from smidgen.run import PARTIAL
 
@@ -37,6 +38,9 @@ JOBS = {
     "symbolic evaluate": symbolic_evaluation,
     "symbolic export": symbolic_export,
     "refine": refinement,
+    "search train": search_training,
+    "search distill": search_distillation,
+    "search evaluate": search_evaluation,
 }
 
 
