@@ -180,7 +180,7 @@ def test_the_exported_network_is_the_network(bits, least, trained, tmp_path):
     encoder = load(trained[1] / "artifact")
     export(encoder, tmp_path, bits)
     encoder.tokenizer.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "encoder.json").write_text(json.dumps({"version": 1, "kind": "onnx", "width": 32, "length": encoder.length}))
+    (tmp_path / "encoder.json").write_text(json.dumps({"version": 1, "kind": "onnx", "width": 32, "length": encoder.length, "lift": 1.0}))
     texts = [q.query for q in queries(3, 5)] + ["night " * 60]
     ours, theirs = encoder.encode(texts).numpy(), open_encoder(tmp_path)(texts)
     assert (ours * theirs).sum(1).min() > least
