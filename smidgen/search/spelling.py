@@ -40,8 +40,8 @@ class Speller:
     """Known words, the likeliest first."""
 
     words: tuple[str, ...]
-    bags: UInt8[np.ndarray, "words letters_and_one"]
-    "How often each letter is in a word; the last number is of all others."
+    bags: UInt8[np.ndarray, "letters_and_one words"]
+    "How often each letter is in a word; the last row is of all others."
     rank: dict[str, int]
     ordered: tuple[str, ...]
     "The words by the alphabet."
@@ -72,7 +72,7 @@ class Speller:
             return word
         forgiven = 2 if len(low) >= LONG else 1
         letters = bags((low,))
-        apart = (np.maximum(self.bags, letters) - np.minimum(self.bags, letters)).sum(1, dtype=np.uint8)
+        apart = (np.maximum(self.bags, letters) - np.minimum(self.bags, letters)).sum(0, dtype=np.uint8)
         apart[self.own :] += 2 * (forgiven - 1)
         near = np.flatnonzero(apart <= 2 * forgiven).tolist()
         found = [(distance(low, self.words[i], forgiven if i < self.own else 1), self.words[i][0] != low[0], i) for i in near]
@@ -92,13 +92,13 @@ class Speller:
         return any(s in self.rank or s + "e" in self.rank or (s[-1] == s[-2] and s[:-1] in self.rank) for s in stems)
 
 
-def bags(words: Sequence[str]) -> UInt8[np.ndarray, "words letters_and_one"]:
-    """How often each letter is in every word, up to 6 times."""
+def bags(words: Sequence[str]) -> UInt8[np.ndarray, "letters_and_one words"]:
+    """How often each letter is in every word, up to 6 times; a row per letter, for sums over letters are then of whole rows."""
     letters = np.frombuffer("".join(words).encode("utf-32-le"), np.uint32).astype(np.int64)
     columns = COLUMN[np.minimum(letters, len(COLUMN) - 1)]
-    width = len(LETTERS) + 1
-    places = np.repeat(np.arange(len(words)), [len(word) for word in words]) * width + columns
-    return np.minimum(np.bincount(places, minlength=len(words) * width), 6).astype(np.uint8).reshape(len(words), width)
+    places = columns * len(words) + np.repeat(np.arange(len(words)), [len(word) for word in words])
+    counts = np.bincount(places, minlength=(len(LETTERS) + 1) * len(words))
+    return np.minimum(counts, 6).astype(np.uint8).reshape(-1, len(words))
 
 
 def distance(a: str, b: str, most: int) -> int:
