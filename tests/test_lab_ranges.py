@@ -11,7 +11,7 @@ from cyclopts.config import Yaml
 
 from smidgen.errors import UserError
 from smidgen.lab.ranges import CASES, FORMS, Adam, Config, Form, Result, Setting, command, learned, reference, samples
-from smidgen.quant.ranges import Range
+from smidgen.quant.ranges import Range, fake_quantize, moved
 from smidgen.report import write_report
 from smidgen.report.finished import Finished
 
@@ -72,6 +72,23 @@ def test_c6_normalising_repairs_scale_offset():
     raw, normalised = result("C5, 8 bits", "scale-offset", 2000), result("C5, 8 bits", "normalised", 2000)
     assert last(normalised) < 0.2 * last(raw)
     assert result("C2", "normalised", 501).ratio[500] < 1.3
+
+
+def test_c6_a_logarithmic_scale_beside_a_raw_offset_does_not():
+    """Steps of the scale become relative, but the offset still has codes to travel; no form of the command, hence written out."""
+    x, least = samples("normal", 0), reference(samples("normal", 0), 8)
+    low, high = -0.5, 8.0
+    scale = torch.tensor([[(high - low) / 255]])
+    log, zeta = torch.nn.Parameter(scale.log()), torch.nn.Parameter(-low / scale)
+    adam = Adam([log, zeta], torch.tensor([[1e-2]]))
+    losses = []
+    for _ in range(2000):
+        zero = moved(zeta, zeta.round().clamp(0, 255))
+        loss = (fake_quantize(x, log.exp(), zero, 255) - x).square().mean()
+        losses.append(loss.item() / least)
+        adam.step(torch.autograd.grad(loss, [log, zeta]))
+    assert np.mean(losses[-300:]) > 10
+    assert float((log.exp() * (255 - zeta)).detach()) > 2 * float((log.exp() * zeta).detach()), "the good end went along"
 
 
 # --- their parts -----------------------------------------------------------------------------------------------------

@@ -315,6 +315,14 @@ def test_stops_early_and_keeps_the_start_where_training_only_harms(tiny_llama, q
     assert metrics["perplexity"] == metrics["perplexity_before"]
 
 
+def test_what_was_trained_runs_on_integers(tiny_llama, qat, tmp_path):
+    pytest.importorskip("onnxruntime", reason="needs the package onnxruntime")
+    metrics = qat(tiny_llama, "--export", "onnx", "--weights", "8", "--activations", "8", "--steps", "4", "--evaluate-every", "2")
+    (simulated,), (measured,) = metrics["perplexity"].values(), metrics["perplexity_runtime"].values()
+    assert measured == pytest.approx(simulated, rel=0.01)
+    assert (tmp_path / "run" / metrics["written"]["onnx"]["folder"] / "model.onnx").is_file()
+
+
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
@@ -326,6 +334,9 @@ def test_stops_early_and_keeps_the_start_where_training_only_harms(tiny_llama, q
         (["--train", "self"], "'self' is text written by the model"),
         (["--weights", "1"], "--weights must be between 2 and 8 bits"),
         (["--activations", "17"], "--activations must be between 2 and 16 bits"),
+        (["--export", "onnx", "--group", "16"], "integer kernels have a scale per row"),
+        (["--sites", "heads"], "--sites are of --start"),
+        (["--factors", "somewhere"], "--factors are of methods"),
         (["--group", "48"], "group 48 does not divide"),
         (["--held-out", "1"], "--held-out must be between 0 and 1"),
         (["--share", "0.7"], "--share is the teacher's"),

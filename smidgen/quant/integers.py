@@ -14,13 +14,11 @@ import copy
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 from shutil import rmtree
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from jaxtyping import Float32, Int
+from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -32,16 +30,15 @@ from smidgen.quant.activations import clipping
 from smidgen.quant.blocks import decoder_list, family_of, walk, widest
 from smidgen.quant.calibrate import Calibration
 from smidgen.quant.checkpoint import Checkpoint
-from smidgen.quant.evaluate import exponential, mean_loss, perplexity
-from smidgen.quant.export import onnx_qdq
+from smidgen.quant.evaluate import mean_loss, perplexity
 from smidgen.quant.export.onnx import FAMILIES, library
 from smidgen.quant.memory import peak_bytes, reset_peak
 from smidgen.quant.qat import EXACT, log_reaches, measuring, split, train
-from smidgen.quant.runtimes.onnxruntime import OnnxRuntime, options
-from smidgen.quant.simulate import Activation, QuantLinear, Scheme, install, restore, static_layer
+from smidgen.quant.simulate import Activation, QuantLinear, Scheme, install, restore
 from smidgen.quant.solve import Grids, quantize
 from smidgen.quant.solvers import BOA, GPTQ, AdaRound
 from smidgen.quant.starts import FACTORS, Start
+from smidgen.quant.static import in_runtime, written
 from smidgen.quant.transforms import alpha
 from smidgen.quant.transforms.quadapter import centre, finetune
 from smidgen.report import write_report
@@ -232,36 +229,3 @@ def rounded(
 def quantizing(activation: Activation) -> Callable[[torch.nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
     """A hook that puts the quantizer before a layer."""
     return lambda module, inputs: (activation(inputs[0]), *inputs[1:])
-
-
-def written(source: Checkpoint, model: PreTrainedModel, layers: dict[str, QuantLinear], run: Run) -> Path:
-    """The ONNX artifact: a decoder with its cache where we can draw one, else the graph of a whole text without."""
-    folder = run.partial("onnx")
-    static = {name: static_layer(quant) for name, quant in layers.items()}
-    if model.config.model_type in FAMILIES:
-        onnx_qdq.write(folder, source, model, static)
-    else:
-        example = {"input_ids": torch.zeros(2, 16, dtype=torch.int64, device=model.device), "use_cache": False}
-        onnx_qdq.write_module(folder, model, static, example, tokenizer=source.tokenizer())
-    return run.keep(folder)
-
-
-def reader(artifact: Path, length: int) -> Callable[[Int[np.ndarray, "length"]], Float32[np.ndarray, "length vocab"]]:
-    """Text to logits in ONNX Runtime."""
-    if (artifact / "genai_config.json").is_file():
-        return OnnxRuntime.open(artifact, length).logits
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(artifact / "model.onnx", options(), providers=["CPUExecutionProvider"])
-    return lambda tokens: np.asarray(session.run(["logits"], {"input_ids": tokens[None]})[0])[0]
-
-
-def in_runtime(artifact: Path, tokens: Int[Tensor, "windows length"], run: Run, label: str) -> float:
-    """Perplexity in ONNX Runtime."""
-    read = reader(artifact, tokens.shape[1])
-    losses = []
-    for window in run.track(tokens.numpy(), f"perplexity on {label} after", len(tokens)):
-        logits = read(window)[:-1].astype(np.float64)
-        logits -= logits.max(-1, keepdims=True)
-        losses.append(np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(logits)), window[1:]])
-    return exponential(float(np.mean(losses)))

@@ -43,6 +43,7 @@ from smidgen.quant.evaluate import exponential, mean_loss, perplexity
 from smidgen.quant.ranges import Kind, Link, Range
 from smidgen.quant.simulate import QuantLinear, Scheme, activations_of
 from smidgen.quant.starts import FACTORS, Method, Start
+from smidgen.quant.static import in_runtime, written
 from smidgen.quant.trained import TRAINED, save
 from smidgen.quant.transforms import alpha
 from smidgen.quant.transforms.quadapter import Quadapter
@@ -127,6 +128,8 @@ class Config:
     "Updates between checkpoints; none: only when interrupted."
     resume: Path | None = None
     "Folder of an unfinished run to go on from, with its options."
+    export: Literal["none", "onnx"] = "none"
+    "Write the trained integers for ONNX Runtime, and measure there too."
     output: Path | None = None
     "Folder of the run; by default a new one under runs/qat."
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -154,6 +157,8 @@ class Config:
         if self.share != 0.5 and self.teacher == "none":
             raise UserError("--share is the teacher's share of the loss; give one with --teacher self")
         self.check_start()
+        if self.export == "onnx" and (self.group is not None or self.activations > 8):
+            raise UserError("integer kernels have a scale per row of weights and inputs of 8 bits at most; leave out --export onnx")
         self.fit().check(evaluates=True)
 
     def check_start(self) -> None:
@@ -207,6 +212,7 @@ def main(config: Config, run: Run) -> dict[str, Any]:
     folder = run.partial(TRAINED)
     save(folder, model, layers, source.tokenizer())
     run.keep(folder)
+    artifact = written(source, model, layers, run) if config.export == "onnx" and is_first_process() else None
     (run.folder / CHECKPOINT).unlink(missing_ok=True)
     return run.finish(
         **outcome(result),
@@ -214,6 +220,8 @@ def main(config: Config, run: Run) -> dict[str, Any]:
         clipped=max(reach.clipped for reach in after.values()),
         clipped_before=max(reach.clipped for reach in before.values()),
         **described(config),
+        perplexity_runtime=None if artifact is None else {text: in_runtime(artifact, t, run, text) for text, t in texts.items()},
+        written={} if artifact is None else {"onnx": {"folder": artifact.name}},
         train_seconds=seconds,
         tokens=learnt.numel(),
         held_out_tokens=held_out.numel(),

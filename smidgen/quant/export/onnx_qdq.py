@@ -368,6 +368,7 @@ def _exported(
             _put(module, name, _Marked(name, len(layer.codes)))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`isinstance.treespec")  # torch.export about its own classes
+            warnings.filterwarnings("ignore", "# The axis name")  # inputs that share a free axis share its name
             program = torch.onnx.export(
                 call.eval(),
                 tuple(tensors.values()),

@@ -150,11 +150,6 @@ class Adapted:
             activation.forget()
         return sum(float(self.loss(i)) for i in range(len(self.targets))) / len(self.targets)
 
-    def reaches(self) -> list[nn.Parameter]:
-        """What may be learned of ranges: of activations and of weights, where they clip."""
-        found = [activation.reach for _, activation in activations_of(self.layers)] + [quant.shrink for quant in self.layers.values()]
-        return [p for p in found if p is not None]
-
     @cached_property
     def energy(self) -> float:
         """Mean square of what the block should return."""

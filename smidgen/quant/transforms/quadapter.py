@@ -4,9 +4,8 @@ Phase 1, block by block, independently: the inputs X and the outputs Y of the fl
 
     min_a  mean (f_a(X) - Y)^2      f_a: the block with quantized activations and weights, factors alpha = exp(a) at its sites
 
-is descended by Adam on a, and on how far ranges reach (clip.py). Ranges are the batch's minimum and maximum inside the graph, times
-exp(reach) where they may clip: with ranges detached all that reaches a from values in range is rounding noise. The weights' scales follow
-W / alpha the same way.
+is descended by Adam on a alone. Ranges are the batch's minimum and maximum inside the graph: with ranges detached all that reaches a
+from values in range is rounding noise. The weights' scales follow W / alpha the same way. What ranges may clip is searched afterwards.
 Per site, with u = alpha x, u^ = Q_a(u), w' = W / alpha, w^ = Q_w(w'), G = dL/dy, G_u = G w^, G_w = G^T u^,
 
     dL/da_j = sum_t G_u [in] u - sum_o G_w w' + u_max [j attains it] sum G_u du^/dhigh + u_min [j attains it] sum G_u du^/dlow
@@ -44,12 +43,12 @@ class Quadapter:
     steps: int = 800
     "Adam steps per block."
     learning_rate: float = 0.02
-    "Of a, relative therefore; falls to 0 along a cosine. From another init than ones, and of ranges, a quarter of it."
+    "Of a, relative therefore; falls to 0 along a cosine. From another init than ones a quarter of it."
     init: Literal["ones", "smoothquant", "search"] = "ones"
     """Where factors start: at the best t of SmoothQuant for all sites of the block; search: at the better of its t and of the thresholds of
     Outlier Suppression+, site by site. The end is never worse."""
     clip: bool = True
-    "Ranges may clip: their reach is searched after the start (clip.py) and learned beside the factors."
+    "Ranges may clip: their reach is searched afterwards (clip.py), and kept where the block errs less."
     seed: int = 0
     "Of the order of batches."
 
@@ -60,31 +59,29 @@ class Quadapter:
             raise UserError(f"--quadapter.learning-rate must be positive, got {self.learning_rate}")
 
     def __call__(self, block: Adapted) -> dict[str, float]:
-        """Learns a at every site; where that ends worse than it started, the start is kept. Returns the error before."""
+        """Learns a at every site; where that ends worse than it started, the start is kept. Returns the errors before and at the start."""
         before, rate = block.error(), self.learning_rate
         if self.init != "ones":
             SmoothQuant()(block)
             rate /= 4
         if self.init == "search":
             Outliers(migration=SmoothQuant().migration)(block)
+        least, start = block.error(), [site.a.detach().clone() for site in block.sites]
+        self._descend(block, rate)
+        if not block.error() <= least:  # not a number, too
+            for site, a in zip(block.sites, start, strict=True):
+                site.set(a)
         if self.clip:
             clip(block)
-        factors, reaches = [site.a for site in block.sites], block.reaches()
-        least, start = block.error(), [p.detach().clone() for p in (*factors, *reaches)]
-        self._descend(block, [{"params": factors, "lr": rate}, {"params": reaches, "lr": self.learning_rate / 4}])
-        if not block.error() <= least:  # not a number, too
-            for p, value in zip((*factors, *reaches), start, strict=True):
-                p.data.copy_(value)
         return {"error_before": before, "error_start": least}
 
-    def _descend(self, block: Adapted, groups: list[dict[str, Any]]) -> None:
-        optimizer = torch.optim.Adam([group for group in groups if group["params"]], eps=EPSILON)
-        rates = [group["lr"] for group in optimizer.param_groups]
+    def _descend(self, block: Adapted, rate: float) -> None:
+        optimizer = torch.optim.Adam([site.a for site in block.sites], lr=rate, eps=EPSILON)
         generator = torch.Generator().manual_seed(self.seed)
         order: list[int] = []
         for step in range(self.steps):
             order = order or torch.randperm(len(block.targets), generator=generator).tolist()
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            for group in optimizer.param_groups:
                 group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / self.steps))
             optimizer.zero_grad()
             with torch.enable_grad():
