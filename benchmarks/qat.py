@@ -162,7 +162,7 @@ def unquantized(method: str, setting: str, seed: int, options: argparse.Namespac
     learnt, held_out = qat.split(tokens, integers.HELD_OUT)
     texts = {t: windows(t, tokenizer, options.length, options.windows) for t in (text(options, t) for t in TEXTS)}
     every, rate = max(1, steps // integers.EVALUATIONS), options.learning_rate
-    fit = FitConfig(steps, rate, precision="float32", evaluate_every=every, patience=integers.EVALUATIONS, seed=seed)
+    fit = FitConfig(steps=steps, learning_rate=rate, precision="float32", evaluate_every=every, patience=integers.EVALUATIONS, seed=seed)
     with tempfile.TemporaryDirectory(dir=scratch) as folder, Run("float", fit, Path(folder) / "run") as run:
         if not steps:
             return {"perplexity": {name: perplexity(model, t, run, name, EXACT) for name, t in texts.items()}}

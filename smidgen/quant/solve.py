@@ -44,7 +44,7 @@ def quantize(
     """
     staged = "cross" in solver.needs
     if staged:
-        found = collect(block, frozenset({"h_in"})) if solver.zfold else {}
+        found = collect(block, frozenset({"h_in"})) if isinstance(solver, GPTQ) and solver.zfold else {}
     else:
         found = collect(block, solver.needs) if stats is None else stats
     if isinstance(solver, GPTQ) and solver.zfold:

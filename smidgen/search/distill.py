@@ -191,7 +191,9 @@ def distilled(config: Config, run: Run) -> Distilled:
     bank = narrowed(taught.bank, basis)
     model = copy.deepcopy(smaller.model)
     if config.steps:
-        fitting = FitConfig(config.steps, config.rate(), warmup=int(WARMUP * config.steps), precision=config.precision, seed=config.seed)
+        fitting = FitConfig(
+            steps=config.steps, learning_rate=config.rate(), warmup=int(WARMUP * config.steps), precision=config.precision, seed=config.seed
+        )
         loss = objective(config.method, taught.teacher, bank, basis)
         fit(model, loss, batches(smaller, taught.teacher, material, taught.features, config.batch, config.seed), fitting, run)
     return Distilled(taught, smaller, replace(smaller, model=model), bank, basis)

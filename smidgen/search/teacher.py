@@ -186,8 +186,8 @@ def train(start: Encoder, features: Sequence[Feature], queries: Sequence[Query],
     rows = (*queries, *own_queries(features))
     steps = max(1, config.epochs * len(rows) // min(config.batch, len(rows)))
     fitting = FitConfig(
-        steps,
-        config.learning_rate,
+        steps=steps,
+        learning_rate=config.learning_rate,
         warmup=int(WARMUP * steps),
         precision=config.precision,
         seed=config.seed,
