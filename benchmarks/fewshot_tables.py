@@ -46,6 +46,8 @@ def read(paths: list[Path]) -> list[Row]:
     for path in paths:
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
+                if row["table"] == "omniglot" and row["augment"]:
+                    row["method"] += f", {row['augment']}"
                 kept[tuple(row[c] for c in ("table", "method", "trained", "tested", "ways", "shots", "queries", "seed"))] = row
     return list(kept.values())
 
@@ -64,7 +66,8 @@ def name(method: str) -> str:
     """In words."""
     plain, _, rest = method.partition(" rebalanced")
     kind, *details = plain.split()
-    words = NAMES.get(plain, plain)
+    base, comma, varied = plain.partition(",")
+    words = NAMES.get(base, base) + comma + varied
     if kind == "member":
         words = f"member {SETS.get(details[0], details[0])}"
     if kind == "mxml":
