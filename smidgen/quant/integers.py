@@ -31,7 +31,8 @@ from smidgen.quant.blocks import decoder_list, family_of, walk, widest
 from smidgen.quant.calibrate import Calibration
 from smidgen.quant.checkpoint import Checkpoint
 from smidgen.quant.evaluate import mean_loss, perplexity
-from smidgen.quant.export.onnx import FAMILIES, library
+from smidgen.quant.export.onnx import FAMILIES
+from smidgen.quant.export.onnx_graph import library
 from smidgen.quant.memory import peak_bytes, reset_peak
 from smidgen.quant.qat import EXACT, log_reaches, measuring, split, train
 from smidgen.quant.simulate import Activation, QuantLinear, Scheme, install, restore

@@ -43,21 +43,8 @@ from transformers import PreTrainedModel
 
 from smidgen.errors import UserError
 from smidgen.quant.checkpoint import Checkpoint
-from smidgen.quant.export.onnx import (
-    GRAPH,
-    DataFile,
-    Decoder,
-    Drawing,
-    angles,
-    biased,
-    fields,
-    genai_config,
-    graph_of,
-    library,
-    matrix,
-    must_be_decoder,
-    vector,
-)
+from smidgen.quant.export.onnx import fields, genai_config, graph_of, must_be_decoder
+from smidgen.quant.export.onnx_graph import GRAPH, DataFile, Decoder, Drawing, angles, biased, library, matrix, vector
 from smidgen.quant.linear import LINEAR
 from smidgen.quant.runtimes.onnxruntime import PRECISE
 from smidgen.quant.simulate import QuantLinear, StaticLayer
