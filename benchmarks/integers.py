@@ -9,17 +9,15 @@ Each is measured by `smidgen bench` in a process of its own. Rows go to benchmar
 """
 
 import argparse
-import csv
 import json
-import platform
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from rows import append, provenance, rounded
 
 from smidgen.quant import integers
 from smidgen.quant.checkpoint import Checkpoint
@@ -76,16 +74,6 @@ def measured(artifact: Path, options: argparse.Namespace, scratch: Path) -> dict
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def append(row: dict[str, Any]) -> None:
-    """Adds a row to the results."""
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
-        if new:
-            writer.writeheader()
-        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items() if k in COLUMNS})
-
-
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -102,12 +90,12 @@ def arguments() -> argparse.Namespace:
 
 if __name__ == "__main__":
     options = arguments()
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
-    setup = {"text": options.text, "windows": options.windows, "machine": machine, "date": time.strftime("%Y-%m-%d")}
+    setup = {"text": options.text, "windows": options.windows} | provenance()
     with tempfile.TemporaryDirectory() as folder:
         for name in options.artifacts:
             artifact, simulated = written(name, options, Path(folder) / name)
             found = measured(artifact, options, Path(folder) / f"bench-{name}")
             row = setup | found | {"artifact": name, "perplexity_simulated": simulated}
-            append(row | {"perplexity": next(iter(found["perplexity"].values()))})
+            row |= {"perplexity": next(iter(found["perplexity"].values()))}
+            append(RESULTS, COLUMNS, [rounded(row, COLUMNS)])
             print("\t".join(f"{k}={row.get(k, '')}" for k in COLUMNS[:8]), flush=True)

@@ -22,6 +22,11 @@ def append(path: Path, columns: list[str], rows: list[dict]) -> None:
         file.flush()
 
 
+def rounded(row: dict, columns: list[str]) -> dict:
+    """What a row has for the columns, six digits of every float."""
+    return {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items() if k in columns}
+
+
 def read(path: Path) -> list[dict[str, str]]:
     """The rows there are."""
     if not path.exists():

@@ -11,17 +11,15 @@ to benchmarks/results/runtimes.csv.
 """
 
 import argparse
-import csv
 import json
-import platform
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from rows import append, provenance, rounded
 
 from smidgen.errors import UserError
 from smidgen.precision import forward_precision
@@ -114,16 +112,6 @@ def measured(artifact: Path, options: argparse.Namespace, scratch: Path) -> dict
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def append(row: dict) -> None:
-    """Adds a row to the results."""
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
-        if new:
-            writer.writeheader()
-        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items() if k in COLUMNS})
-
-
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -139,14 +127,7 @@ def arguments() -> argparse.Namespace:
 
 if __name__ == "__main__":
     options = arguments()
-    git = subprocess.run(["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    setup = {
-        "text": options.text,
-        "windows": options.windows,
-        "commit": git.stdout.strip(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "date": time.strftime("%Y-%m-%d"),
-    }
+    setup = {"text": options.text, "windows": options.windows} | provenance()
     with tempfile.TemporaryDirectory() as folder, Run("runtimes", Config(options.model), Path(folder) / "run") as run:
         scratch = Path(folder)
         cases: list[tuple[str, Path, Path | None, dict]] = []
@@ -167,5 +148,5 @@ if __name__ == "__main__":
             found = measured(artifact, options, scratch / f"bench-{i}")
             row = setup | metrics | found | {"artifact": label, "file_bytes": found["size_bytes"], "recipe": metrics["recipe"]}
             row |= {"perplexity": next(iter(found["perplexity"].values()))} | (compared(artifact, reference, options) if reference else {})
-            append(row)
+            append(RESULTS, COLUMNS, [rounded(row, COLUMNS)])
             print("\t".join(f"{k}={row.get(k, '')}" for k in COLUMNS[:8]), flush=True)
