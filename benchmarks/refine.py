@@ -17,6 +17,7 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def make_sets(options: argparse.Namespace) -> None:
             sets |= seen(name, result.images(), source, rows, arrays, run)
             run.say(f"{name}: {len(result.images())} images, {len(result.kept())} of them originals")
         leaks, known_by_heart = leaked(options.work, device, cache, run)
-    unleaked = np.array([f"val/{n}" not in known_by_heart for n in names(arrays, 1)])
+    unleaked = np.array([n not in known_by_heart for n in names(arrays, 1)])
     held = {split: arrays["x32"][arrays["split"] == i] for i, split in enumerate(SPLITS) if i}
     labels = {f"{split} y": arrays["label"][arrays["split"] == i].astype(int) for i, split in enumerate(SPLITS) if i}
     kept: dict[str, Any] = sets | {f"{s} x": x for s, x in held.items()} | labels | {"unleaked": unleaked}
@@ -122,16 +123,16 @@ def seen(
 
 
 def leaked(work: Path, device: torch.device, cache: Cache, run: Run) -> tuple[dict[str, int], set[str]]:
-    """How many pictures of train are in val or in the label book, too; and which of these. Pixels tell."""
+    """How many pictures two splits share, on either side; and which of val are in train. Pixels tell."""
     found, known_by_heart = {}, set()
     backbone = open_backbone(PIXELS, device)
-    source = read(work / "train", None, SIZE, run)
-    for split in SPLITS[1:]:
-        held = read(work / split, None, SIZE, run)
-        material = gather(source, held, backbone, SIDE, 0.2, cache, 32, 0)
-        found[f"train_images_in_{split}"] = len(material.twins.leaks)
-        found[f"{split}_images_in_train"] = len(held) - len(material.held_y)
-        known_by_heart |= {f"{split}/{name}" for name in material.twins.leaks.values()}
+    sources = {split: read(work / split, None, SIZE, run) for split in SPLITS}
+    for one, other in combinations(SPLITS, 2):
+        material = gather(sources[one], sources[other], backbone, SIDE, 0.2, cache, 32, 0)
+        found[f"{one}_images_in_{other}"] = len(material.twins.leaks)
+        found[f"{other}_images_in_{one}"] = len(sources[other]) - len(material.held_y)
+        if (one, other) == ("train", "val"):
+            known_by_heart = set(material.twins.leaks.values())
     return found, known_by_heart
 
 
