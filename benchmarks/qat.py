@@ -31,11 +31,11 @@ import yaml
 from smidgen.errors import UserError
 from smidgen.fit import FitConfig
 from smidgen.precision import pick_device
-from smidgen.quant import integers, qat
+from smidgen.quant import integers, qat, training
 from smidgen.quant.checkpoint import Checkpoint
 from smidgen.quant.evaluate import perplexity
-from smidgen.quant.qat import EXACT
 from smidgen.quant.quantize import Config
+from smidgen.quant.training import EXACT
 from smidgen.quant.transforms.quadapter import Quadapter
 from smidgen.quant.transforms.smoothquant import SmoothQuant
 from smidgen.run import Run
@@ -159,15 +159,15 @@ def unquantized(method: str, setting: str, seed: int, options: argparse.Namespac
     device, source = pick_device("auto"), Checkpoint.open(options.model)
     model, tokenizer = qat.exact(source, device), source.tokenizer()
     tokens = windows(text(options, options.calibration), tokenizer, options.length, options.sequences, seed)
-    learnt, held_out = qat.split(tokens, integers.HELD_OUT)
+    learnt, held_out = training.split(tokens, integers.HELD_OUT)
     texts = {t: windows(t, tokenizer, options.length, options.windows) for t in (text(options, t) for t in TEXTS)}
     every, rate = max(1, steps // integers.EVALUATIONS), options.learning_rate
     fit = FitConfig(steps=steps, learning_rate=rate, precision="float32", evaluate_every=every, patience=integers.EVALUATIONS, seed=seed)
     with tempfile.TemporaryDirectory(dir=scratch) as folder, Run("float", fit, Path(folder) / "run") as run:
         if not steps:
             return {"perplexity": {name: perplexity(model, t, run, name, EXACT, recorded=True) for name, t in texts.items()}}
-        groups, measure = qat.weight_groups(model, {}), qat.measuring(model, held_out, texts)
-        return qat.outcome(qat.train(model, groups, learnt, fit, run, options.batch, evaluate=measure))
+        groups, measure = training.weight_groups(model, {}), training.measuring(model, held_out, texts)
+        return qat.outcome(training.train(model, groups, learnt, fit, run, options.batch, evaluate=measure))
 
 
 def text(options: argparse.Namespace, name: str) -> str:

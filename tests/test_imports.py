@@ -84,7 +84,7 @@ def test_what_jobs_share_knows_no_job(name):
 @pytest.mark.parametrize("name", SOLVERS)
 def test_solvers_see_the_grid_the_statistics_and_each_other(name):
     ours = under(imported(ROOT / "quant" / "solvers" / f"{name}.py"), "smidgen")
-    assert ours == under(ours, "smidgen.grid", "smidgen.quant.stats", "smidgen.errors", "smidgen.quant.solvers")
+    assert ours == under(ours, "smidgen.grid", "smidgen.quant.stats", "smidgen.quant.replay", "smidgen.errors", "smidgen.quant.solvers")
 
 
 def test_an_older_solver_does_not_know_a_newer_one():

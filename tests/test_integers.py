@@ -48,7 +48,7 @@ def test_w8a8_runs_on_integers_and_loses_little(tiny_llama, quantize, tmp_path):
     m = quantize(tiny_llama, "--activations", "8", "--finetune", "6")
     (simulated,), (measured,), (unquantized,) = (m[k].values() for k in ("perplexity_simulated", "perplexity", "perplexity_float"))
     assert measured == pytest.approx(simulated, rel=0.01) and measured < 1.03 * unquantized
-    assert m["method"] == "quadapter" and m["sites"] == ["norm"] and m["size_bytes"] > 0
+    assert m["method"] == "quadapter" and m["sites"] == ["norm", "heads", "product"] and m["size_bytes"] > 0
     location, opened = find(tmp_path / "run")
     runtime = opened(location, 32)
     assert runtime.logits(np.arange(16)).shape[0] == 16 and "onnxruntime" in runtime.name
@@ -110,7 +110,7 @@ def test_equalization_at_pairs_of_layers(tiny_llama, quantize):
         (("--method", "quadapter"), "give their bits with --activations"),
         (("--activations", "8", "--target-bpw", "3"), "--target-bpw does not go with --activations"),
         (("--activations", "8", "--export", "gguf"), "are written as onnx, not gguf"),
-        (("--activations", "8", "--method", "equalize"), "choose other sites"),
+        (("--activations", "8", "--method", "equalize", "--sites", "norm"), "choose other sites"),
         (("--activations", "8", "--sites", "relu"), "no site of kind 'relu'"),
         (("--activations", "8", "--method", "mse", "--finetune", "5"), "--method quadapter's second phase"),
         (("--method", "rtn", "--finetune", "5"), "--finetune is for quantized activations"),

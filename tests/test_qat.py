@@ -17,16 +17,10 @@ from smidgen.errors import UserError
 from smidgen.fit import CHECKPOINT, FitConfig
 from smidgen.quant.activations import clipping, fix_ranges
 from smidgen.quant.activations import observe as calibrate
-from smidgen.quant.qat import (
-    prediction_loss,
-    range_groups,
-    split,
-    train,
-    weight_groups,
-)  # fmt: skip
 from smidgen.quant.ranges import Range
 from smidgen.quant.simulate import Scheme, activations_of, set_mode, simulate, static_layer
 from smidgen.quant.trained import TRAINED, load
+from smidgen.quant.training import prediction_loss, range_groups, split, train, weight_groups
 from smidgen.run import Run
 
 CPU = torch.device("cpu")
@@ -279,7 +273,7 @@ def test_the_run_holds_curves_clipping_and_a_model_that_loads_bit_for_bit(tiny_l
 
 def test_an_interrupted_run_goes_on_as_if_nothing_had_been(tiny_llama, qat, refused, tmp_path, monkeypatch):
     whole = qat(tiny_llama, "--output", str(tmp_path / "whole"))
-    import smidgen.quant.qat as job
+    import smidgen.quant.training as job
 
     shuffled = job.shuffled
 

@@ -34,12 +34,13 @@ from smidgen.quant.evaluate import mean_loss, perplexity
 from smidgen.quant.export.onnx import FAMILIES
 from smidgen.quant.export.onnx_graph import library
 from smidgen.quant.memory import peak_bytes, reset_peak
-from smidgen.quant.qat import EXACT, exact, log_reaches, measuring, split, train
+from smidgen.quant.qat import exact, log_reaches
 from smidgen.quant.simulate import Activation, QuantLinear, Scheme, install, restore
 from smidgen.quant.solve import Grids, quantize
 from smidgen.quant.solvers import BOA, GPTQ, AdaRound
-from smidgen.quant.starts import FACTORS, Start
+from smidgen.quant.starts import Start
 from smidgen.quant.static import in_runtime, written
+from smidgen.quant.training import EXACT, measuring, split, train
 from smidgen.quant.transforms import alpha
 from smidgen.quant.transforms.quadapter import centre, finetune
 from smidgen.report import write_report
@@ -86,7 +87,8 @@ def main(config: "Config", run: Run) -> dict[str, Any]:
     folder = written(source, model, layers, run) if exports else None
     after = simulated if folder is None else {text: in_runtime(folder, t, run, text) for text, t in texts.items()}
     metrics = run.finish(
-        **described(config, factors is not None),
+        **described(config),
+        sites=list(start_of(config).kinds(source.skeleton(device))),
         kept_step=kept,
         perplexity=after,
         perplexity_simulated=simulated,
@@ -116,11 +118,10 @@ def start_of(config: "Config") -> Start:
     return Start(config.method, config.sites, config.clip, config.smoothquant, config.quadapter)  # pyright: ignore[reportArgumentType]
 
 
-def described(config: "Config", sites: bool) -> dict[str, Any]:
+def described(config: "Config") -> dict[str, Any]:
     """What was done, for metrics.json."""
     names = ("method", "bits", "activations", "group", "clip", "finetune", "finetune_share", "rounding", "seed")
-    found = {name: vars(config)[name] for name in names}
-    return found | {"symmetric": True, "sites": list(config.sites) if sites else [], "high_precision": HIGH_PRECISION}
+    return {name: vars(config)[name] for name in names} | {"symmetric": True, "high_precision": HIGH_PRECISION}
 
 
 def check(config: "Config", skeleton: PreTrainedModel) -> bool:
@@ -136,8 +137,7 @@ def check(config: "Config", skeleton: PreTrainedModel) -> bool:
         if vars(config)[option] != vars(type(config))[option]:
             raise UserError(f"--{option.replace('_', '-')} does not go with --activations; leave it out")
     check_rounding(config, skeleton)
-    if config.method in FACTORS:
-        alpha.check(skeleton, config.sites)
+    start_of(config).kinds(skeleton)
     return exported(config, skeleton)
 
 

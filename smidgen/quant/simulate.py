@@ -83,12 +83,12 @@ class Activation(nn.Module):
             assert self.range is not None
             return self.range(x)
         if self.mode == "token":
-            return self._within(x, x.amin(-1, keepdim=True), x.amax(-1, keepdim=True))
+            return self.within(x, x.amin(-1, keepdim=True), x.amax(-1, keepdim=True))
         low, high = x.min(), x.max()
         if self.reach is not None:
             low, high = low * self.reach[0].exp(), high * self.reach[1].exp()
         self._average(low.detach(), high.detach())
-        return self._within(x, low, high)
+        return self.within(x, low, high)
 
     def forget(self) -> None:
         """What was observed, or averaged in mode batch."""
@@ -117,7 +117,8 @@ class Activation(nn.Module):
         self.sample.append(values[index].float().cpu())
         self.count += len(values)
 
-    def _within(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    def within(self, x: Float[Tensor, "*n width"], low: Tensor, high: Tensor) -> Float[Tensor, "*n width"]:
+        """`x`, quantized in that range, which gets gradients too."""
         top = 2**self.bits - 1
         low, high = low.float().clamp(max=0), high.float().clamp(min=0)
         scale = (high - low) / top

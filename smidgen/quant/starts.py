@@ -15,6 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from smidgen.errors import UserError
 from smidgen.quant.activations import fix_ranges, observe
 from smidgen.quant.checkpoint import Checkpoint
 from smidgen.quant.ranges import Kind, Link
@@ -28,6 +29,8 @@ from smidgen.run import Run
 
 Method = Literal["min-max", "mse", "clip", "smoothquant", "equalize", "quadapter"]
 FACTORS = ("smoothquant", "equalize", "quadapter")  # methods that look for factors
+AUTO = ("auto",)
+USUAL = {"smoothquant": ("norm",), "equalize": ("heads", "product", "relu"), "quadapter": alpha.KINDS}  # sites, where the family has them
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Start:
     """A method with its options."""
 
     method: Method
-    sites: tuple[str, ...] = ("norm",)
+    sites: tuple[str, ...] = AUTO
     clip: bool = False
     "Ranges that clip after smoothquant or equalize, too."
     smoothquant: SmoothQuant = SmoothQuant()
@@ -60,9 +63,21 @@ class Start:
             found = Clip(closed[self.method])
         else:
             found = closed[self.method]
-        sites = self.sites if self.method in FACTORS else ()
         assert found is not None
-        return alpha.calibrate(source, source.skeleton(device), tokens, found, scheme, run, device, sites, folder)
+        skeleton = source.skeleton(device)
+        return alpha.calibrate(source, skeleton, tokens, found, scheme, run, device, self.kinds(skeleton), folder)
+
+    def kinds(self, skeleton: PreTrainedModel) -> tuple[str, ...]:
+        """Of the sites; a UserError where the model cannot have them."""
+        if self.method not in FACTORS:
+            return ()
+        kinds = self.sites
+        if kinds == AUTO:
+            kinds = tuple(kind for kind in alpha.kinds_of(skeleton) if kind in USUAL[self.method])
+            if not kinds:
+                raise UserError(f"{self.method} finds no sites in '{skeleton.config.model_type}' models; choose another method")
+        alpha.check(skeleton, kinds)
+        return kinds
 
     def simulated(
         self,

@@ -75,6 +75,7 @@ def written(source: Checkpoint, model: PreTrainedModel, layers: dict[str, QuantL
     if model.config.model_type in FAMILIES:
         onnx_qdq.write(folder, source, model, static)
     else:
+        model.config._attn_implementation = "sdpa"  # ours is not for tracing
         example = {"input_ids": torch.zeros(2, 16, dtype=torch.int64, device=model.device), "use_cache": False}
         onnx_qdq.write_module(folder, model, static, example, tokenizer=source.tokenizer())
     return run.keep(folder)

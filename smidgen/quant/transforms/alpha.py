@@ -101,6 +101,12 @@ def check(model: PreTrainedModel, kinds: tuple[str, ...]) -> None:
         legal(block, kinds)
 
 
+def kinds_of(model: PreTrainedModel) -> tuple[str, ...]:
+    """The kinds of sites that every block has; works without weights."""
+    found = [{_kind(block, fold) for fold in block.family.folds} if block.family else set() for block in _blocks(model)]
+    return tuple(kind for kind in KINDS if all(kind in kinds for kinds in found))
+
+
 def legal(block: Block, kinds: tuple[str, ...]) -> list[Fold]:
     """The sites of these kinds in a block; a UserError where the family has none of a kind."""
     if not kinds:

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from smidgen.grid import Narrow
 from smidgen.quant.ranges import fake_quantize
-from smidgen.quant.simulate import Activation, QuantLinear, activations_of, set_mode, unquantized
+from smidgen.quant.simulate import Activation, QuantLinear
 from smidgen.quant.transforms.alpha import Adapted
+from smidgen.quant.transforms.samples import sampled
 
-ROWS = 512  # tokens that errors are measured on, about
 COARSE = [2 ** (-i / 2) for i in range(13)]
 FINE = [2 ** (i / 8) for i in (3, 2, 1, 0, -1, -2, -3)]  # times the best of them
 
@@ -42,24 +42,27 @@ class Clip:
 @torch.no_grad()
 def clip(block: Adapted) -> None:
     """Sets the reach of every activation and weight of a block, or of one kind alone, or of none if that makes the least error."""
-    seen, stands = watched(block)
+    samples = sampled(block)
     reaches: dict[Activation, nn.Parameter] = {}
     shrinks: dict[QuantLinear, nn.Parameter] = {}
-    for activation, (u, low, high) in seen.items():
+    for activation, sample in samples.items():
         readers = [quant for quant in block.layers.values() if quant.activation is activation]
         w = torch.cat([quant.scaled_weight().float() for quant in readers])
-        p, q = searched(u, w, stands, low, high, activation.bits)
-        reaches[activation] = nn.Parameter(u.new_tensor([p, q]).log())
-        shrinks |= {quant: nn.Parameter(shrink(quant, stands @ u.square())) for quant in readers}
+        p, q = searched(sample.rows, w, sample.stands, sample.low, sample.high, activation.bits)
+        reaches[activation] = nn.Parameter(w.new_tensor([p, q]).log())
+        shrinks |= {quant: nn.Parameter(shrink(quant, sample.stands @ sample.rows.square())) for quant in readers}
 
-    def put(inputs: bool, weights: bool) -> float:
+    def put(inputs: bool, weights: bool, few: bool) -> float:
         for activation, reach in reaches.items():
             activation.reach = reach if inputs else nn.Parameter(torch.zeros_like(reach))
         for quant, ratio in shrinks.items():
             quant.shrink = ratio if weights else nn.Parameter(torch.zeros_like(ratio))
-        return block.error()
+        return block.error(few)
 
-    put(*min(product((True, False), repeat=2), key=lambda kinds: put(*kinds)))
+    best = min(product((True, False), repeat=2), key=lambda kinds: put(*kinds, few=True))
+    if any(best) and put(False, False, few=False) >= put(*best, few=False):
+        return
+    put(False, False, few=True)
 
 
 def searched(
@@ -90,35 +93,3 @@ def shrink(quant: QuantLinear, cost: Float[Tensor, "in"]) -> Float[Tensor, "out 
     grid = Narrow(quant.scheme.weights, quant.scheme.group, symmetric=True)
     scale, _ = grid.fit(w, cost)
     return torch.where(largest > 0, scale * grid.middle / largest, 1.0).log()[..., None]
-
-
-Seen = tuple[Float[Tensor, "n in"], Float[Tensor, ""], Float[Tensor, ""]]
-
-
-def watched(block: Adapted) -> tuple[dict[Activation, Seen], Float[Tensor, "n"]]:
-    """Some tokens of the float block: every activation's values and mean extremes; and how many tokens each stands for.
-
-    The first token of a text is always among them, and stands for itself.
-    """
-    batches, windows, length = block.targets.shape[:3]
-    chosen = torch.linspace(0, length - 1, min(length, max(2, ROWS // (batches * windows))), device=block.targets.device).long()
-    stands = torch.full((len(chosen),), (length - 1) / max(1, len(chosen) - 1), device=block.targets.device)
-    stands[0] = 1.0
-    rows: dict[Activation, list[tuple[Tensor, Tensor, Tensor]]] = {}
-
-    def watch(quant: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        assert isinstance(quant, QuantLinear)
-        factors, x = quant.factors(), inputs[0].float()
-        u = x if factors is None else x * factors
-        rows.setdefault(quant.activation, []).append((u[..., chosen, :].flatten(0, -2), u.min(), u.max()))
-
-    handles = [block.layers[name].register_forward_pre_hook(watch) for name, _ in activations_of(block.layers)]
-    with unquantized(block.layers):
-        for hidden in block.block.hidden:
-            block.forward(hidden)
-    set_mode(block.layers, block.mode)
-    for handle in handles:
-        handle.remove()
-    parts = {activation: tuple(zip(*found, strict=True)) for activation, found in rows.items()}
-    seen = {a: (torch.cat(u), torch.stack(low).mean(), torch.stack(high).mean()) for a, (u, low, high) in parts.items()}
-    return seen, stands.repeat(batches * windows)

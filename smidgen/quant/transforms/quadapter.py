@@ -63,14 +63,13 @@ class Quadapter:
         """Learns a at every site; where that ends worse than it started, the start is kept. Returns the errors before and at the start."""
         before, rate = block.error(), self.learning_rate
         if self.init != "ones":
-            SmoothQuant()(block)
+            start = SmoothQuant() if self.init == "smoothquant" else Outliers(migration=SmoothQuant().migration)
+            start(block)
             rate /= 4
-        if self.init == "search":
-            Outliers(migration=SmoothQuant().migration)(block)
-        least, start = block.error(), [site.a.detach().clone() for site in block.sites]
+        least, found = block.error(), [site.a.detach().clone() for site in block.sites]
         self._descend(block, rate)
         if not block.error() <= least:  # not a number, too
-            for site, a in zip(block.sites, start, strict=True):
+            for site, a in zip(block.sites, found, strict=True):
                 site.set(a)
         if self.clip:
             clip(block)
