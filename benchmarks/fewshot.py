@@ -56,7 +56,7 @@ from torch import nn
 from smidgen.fewshot.augment import KINDS, Augment
 from smidgen.fewshot.data import shape_of
 from smidgen.fewshot.episodes import Queries, Sampler, Shots, Tasks
-from smidgen.fewshot.evaluate import evaluated, norm_mode
+from smidgen.fewshot.measure import evaluated, norm_mode
 from smidgen.fewshot.methods.inner import EPSILON, Classifier
 from smidgen.fewshot.methods.mxml import Form, Normalise, NormalisedProtoNet
 from smidgen.fewshot.methods.propagation import LabelPropagation, Propagation, nodes, spread
@@ -342,6 +342,7 @@ class Trunk(nn.Module):
 def mxml(seed: int, options: argparse.Namespace) -> Iterator[dict]:
     """Members, one learner on all sets, the members' mean, and mixtures, which are trained on classes that no member has seen."""
     from smidgen.fewshot.methods import mxml as m
+    from smidgen.fewshot.methods import mxml_stages as stages
     from smidgen.fewshot.sets import SetsSampler
     from smidgen.networks import Conv4
 
@@ -355,8 +356,8 @@ def mxml(seed: int, options: argparse.Namespace) -> Iterator[dict]:
         """One learner on tasks of one sampler."""
         torch.manual_seed(seed)
         learner = m.NormalisedProtoNet(Conv4(3)).to(options.device)
-        config = replace(m.MEMBERS, steps=steps, decay_every=max(1, 7 * steps // 10), precision="float32", seed=seed)
-        return timed(learner, config, sampler, lambda run: m.train_members([learner], [sampler], config, run))
+        config = replace(stages.MEMBERS, steps=steps, decay_every=max(1, 7 * steps // 10), precision="float32", seed=seed)
+        return timed(learner, config, sampler, lambda run: stages.train_members([learner], [sampler], config, run))
 
     def timed(model: nn.Module, config: FitConfig, sampler: Tasks, stage: Callable) -> Trained:
         started = time.monotonic()
@@ -377,14 +378,14 @@ def mxml(seed: int, options: argparse.Namespace) -> Iterator[dict]:
     models["ensemble"] = replace(models["member omniglot"], model=m.Ensemble(networks), seconds=sum(member.seconds for member in members))
     weighing = SetsSampler(tuple(unseen), ways, shots, 3, seed=seed)
     second = replace(
-        m.WEIGHTS, steps=options.weight_steps, decay_every=max(1, 7 * options.weight_steps // 10), precision="float32", seed=seed
+        stages.WEIGHTS, steps=options.weight_steps, decay_every=max(1, 7 * options.weight_steps // 10), precision="float32", seed=seed
     )
     for name in (n for n in options.methods or MIXTURES if n in MIXTURES):
         form, transductive, normalise = MIXTURES[name]
         torch.manual_seed(seed)
         network = m.WeightNetwork(256, ways if form == "authors" else None, form, transductive)
         mixture = m.MxML(networks, network, normalise).to(options.device)
-        made = timed(mixture, second, weighing, lambda run, mixture=mixture: m.train_weights(mixture, weighing, second, run))
+        made = timed(mixture, second, weighing, lambda run, mixture=mixture: stages.train_weights(mixture, weighing, second, run))
         models[name] = replace(made, batch_norm=models["ensemble"].batch_norm)
     for name, made in models.items():
         for images in targets:

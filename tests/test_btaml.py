@@ -12,14 +12,14 @@ from torch import nn
 
 from smidgen.errors import UserError
 from smidgen.fewshot.episodes import Episode, Sampler, accuracy
-from smidgen.fewshot.evaluate import norm_mode
+from smidgen.fewshot.measure import norm_mode
 from smidgen.fewshot.methods import Shows, btaml
 from smidgen.fewshot.methods.btaml import BTAML, BTAMLConfig, divergence, modulated, sample
+from smidgen.fewshot.methods.columns import Columns
 from smidgen.fewshot.methods.inner import (
     BLOCKS,
     EPSILON,
     Classifier,
-    Columns,
     Inner,
     Parts,
     clipped,

@@ -22,7 +22,6 @@ two, as the authors' code does (notes 3.7): for comparison only.
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +31,7 @@ from torch.func import functional_call
 
 from smidgen.errors import UserError
 from smidgen.fewshot.episodes import Episode
+from smidgen.fewshot.methods.columns import Columns
 
 BLOCKS = 4
 SMALLEST = 2**BLOCKS  # pixels a side, of which the last pooling leaves one
@@ -225,50 +225,6 @@ def _eights(x: Shaped[Tensor, "tasks n *rest"]) -> Shaped[Tensor, "tasks most pa
     return F.pad(x, (*[0, 0] * (x.ndim - 2), 0, missing)).unflatten(1, (-1, PART))
 
 
-class Columns(torch.autograd.Function):
-    """Windows of 3 x 3, zeros around, as columns: (parts, channels, part, height, width) -> (parts, 9 channels, part height width).
-
-    Its gradient adds up, and its gradient's gradient cuts out again. Torch has one for `unfold`, which is slow on a GPU.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        """Copies nine times."""
-        windows = F.pad(x, (1, 1, 1, 1)).unfold(3, 3, 1).unfold(4, 3, 1)  # (parts, channels, part, height, width, 3, 3)
-        ctx.shape = x.shape
-        return windows.permute(0, 1, 5, 6, 2, 3, 4).flatten(1, 3).flatten(2)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Nine times added."""
-        return Overlaid.apply(gradient, ctx.shape)
-
-
-class Overlaid(torch.autograd.Function):
-    """The transpose of `Columns`."""
-
-    @staticmethod
-    def forward(ctx: Any, columns: Tensor, shape: torch.Size) -> Tensor:
-        """Adds every window where it was cut out."""
-        parts, channels, *places = shape
-        shifted = columns.reshape(parts, channels, 3, 3, *places)
-        out = shifted[:, :, 1, 1].clone()
-        for i, j in ((i, j) for i in range(3) for j in range(3) if (i, j) != (1, 1)):
-            (to_i, from_i), (to_j, from_j) = _overlap(i - 1), _overlap(j - 1)
-            out[..., to_i, to_j] += shifted[:, :, i, j, :, from_i, from_j]
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Cuts out again."""
-        return Columns.apply(gradient), None
-
-
-def _overlap(by: int) -> tuple[slice, slice]:
-    """Where a row lies when moved by -1, 0 or 1, and the part of it that is still inside."""
-    return slice(max(by, 0), by or None if by < 0 else None), slice(max(-by, 0), -by or None if by > 0 else None)
-
-
 def convolved(
     x: Float[Tensor, "parts channels part height width"], weight: Float[Tensor, "parts filters channels 3 3"]
 ) -> Float[Tensor, "parts filters part height width"]:
@@ -323,12 +279,13 @@ def even(episode: Episode) -> Float[Tensor, "tasks ways"]:
 def inverse_size(episode: Episode) -> Float[Tensor, "tasks ways"]:
     """w_c = N / (C^2 N_c): L becomes the mean over classes of a class's mean cross-entropy.
 
-    The "1/N_c" baseline of notes 3.6; its constant is our reading, chosen so that equal shots give `even`.
+        The "1/N_c" baseline of notes 3.6; its constant is our reading, chosen so that equal shots give `even`.
 
-    >>> from smidgen.fewshot.episodes import Episode
-    >>> y = torch.tensor([[0, 0, 0, 1]])
-    >>> inverse_size(Episode(torch.zeros(1, 4, 1), y, torch.zeros(1, 1, 1), torch.zeros(1, 1, dtype=torch.long), 2))
-    tensor([[0.3333, 1.0000]])
+        >>> from smidgen.fewshot.episodes import Episode
+    from smidgen.fewshot.methods.columns import Columns
+        >>> y = torch.tensor([[0, 0, 0, 1]])
+        >>> inverse_size(Episode(torch.zeros(1, 4, 1), y, torch.zeros(1, 1, 1), torch.zeros(1, 1, dtype=torch.long), 2))
+        tensor([[0.3333, 1.0000]])
     """
     shots = episode.shots().to(episode.support_x.dtype)
     return shots.sum(1, keepdim=True) / (episode.ways**2 * shots.clamp(min=1))
