@@ -17,6 +17,7 @@ NAMES = {
     "tpn": "TPN",
     "tpn@higher": "TPN, more shots in training",
     "tpn+start=0.0": "TPN, sigma as drawn",
+    "tpn+norm=transductive": "TPN, batch norm by the batch",
     "maml": "MAML",
     "meta-sgd": "Meta-SGD",
     "meta-sgd+balance=classes": "Meta-SGD, classes weighed by 1/N",
@@ -67,7 +68,7 @@ def name(method: str) -> str:
     plain, _, rest = method.partition(" rebalanced")
     kind, *details = plain.split()
     base, comma, varied = plain.partition(",")
-    words = NAMES.get(base, base) + comma + varied
+    words = NAMES.get(base, base) + comma + varied.replace("affine", "images turned and shifted in training")
     if kind == "member":
         words = f"member {SETS.get(details[0], details[0])}"
     if kind == "mxml":
