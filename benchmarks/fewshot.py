@@ -28,7 +28,8 @@ Recipes (notes 2.4, 3.5, 4.2, 4.4; what is ours is marked *)
     mxml                 members Adam 1e-3, a tenth after 70 %, 100 x images / 150 updates, at least 1,000*; one learner: their sum*;
                          weights Adam 1e-4, a tenth after 70 %, --weight-steps updates, 3 queries a class, on classes that no member saw
                          (Flowers has none to spare, as VOC had not); classes in order: GTSRB 60 / 20 / 20 %*, Flowers 7 / 0 / 5*
-    frozen               nothing is trained but the TPN head's graph module, on CIFAR-FS training classes*
+    frozen               nothing is trained but the TPN head's graph module, on CIFAR-FS training classes*; features are centred by those
+                         classes' mean, the heads of `smidgen fewshot predict` by the mean of a task's own support
 
 Accuracy is the mean over episodes, the interval 1.96 s / sqrt(episodes) of it. Images of other shapes are scaled, and grey ones made
 coloured, where a table mixes data sets. Of GTSRB frames of one track are never in both support and queries: half of a class's tracks,
@@ -46,6 +47,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import rows
 import torch
@@ -55,12 +57,13 @@ from torch import nn
 
 from smidgen.fewshot.augment import KINDS, Augment
 from smidgen.fewshot.data import shape_of
-from smidgen.fewshot.episodes import Queries, Sampler, Shots, Tasks
+from smidgen.fewshot.episodes import Episode, Queries, Sampler, Shots, Tasks
 from smidgen.fewshot.measure import evaluated, norm_mode
 from smidgen.fewshot.methods.inner import EPSILON, Classifier
 from smidgen.fewshot.methods.mxml import Form, Normalise, NormalisedProtoNet
 from smidgen.fewshot.methods.propagation import LabelPropagation, Propagation, nodes, spread
 from smidgen.fewshot.methods.prototypes import ProtoNet, choose
+from smidgen.fewshot.methods.simpleshot import unit
 from smidgen.fewshot.methods.tpn import TPN, FlatGraph
 from smidgen.fewshot.models import make
 from smidgen.fewshot.train import train
@@ -99,6 +102,10 @@ MIXTURES: dict[str, tuple[Form, bool, Normalise]] = {
         ("invariant", True, "sum"),
     )
 }  # form of the weight network, whether it sees all queries at once, normalisation
+HEADS = [
+    "prototypes", "simpleshot", "label-propagation", "label-propagation rebalanced", "tpn head", "predict simpleshot",
+    "predict label-propagation",
+]  # fmt: skip
 BALANCES: tuple[Queries, ...] = ("balanced", "dirichlet")
 SIGMAS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0)  # of label propagation, in units of the mean spread of validation tasks
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the correction for unbalanced queries
@@ -454,9 +461,9 @@ def remembered(member: nn.Module, sets: Sequence[Images]) -> Remembered:
 def frozen(seed: int, options: argparse.Namespace) -> Iterator[dict]:
     """Heads over a network that was trained on ImageNet, whose classes include many of these."""
     from smidgen.backbones import open_backbone
-    from smidgen.fewshot.methods.simpleshot import SimpleShot, unit
 
     backbone = open_backbone("efficientnet-lite0", options.device)
+    asked = options.methods or HEADS
 
     def features(images: Images) -> torch.Tensor:
         return backbone.features(images, 64, options.cache).to(options.device)
@@ -465,31 +472,58 @@ def frozen(seed: int, options: argparse.Namespace) -> Iterator[dict]:
     raw = features(train_set)
     base = raw.mean(0)
     seen, held = (Stored(unit(part - base)) for part in (raw, features(validation_set)))
-    wide = len(base) ** -0.5
+    tests = [
+        (images, features(images)) for images in (data(options, "cifar_fs", "test"), data(options, "gtsrb"), data(options, "flowers12"))
+    ]
     for setting in options.ways_shots or ["5w1s", "5w5s"]:
         ways, shots = map(int, setting.removesuffix("s").split("w"))
         validation = Sampler(numbered([validation_set])[0], ways, shots, options.queries, tasks=AT_ONCE, seed=seed + 1)
-        tasks = some(validation, options)
-        share = choose(lambda share: LabelPropagation(held, share * wide), SIGMAS, tasks)
-        graph = headed(
-            seen, held, share * wide, Sampler(numbered([train_set])[0], ways, shots, options.queries, seed=seed), validation, options
-        )
-        for images in (data(options, "cifar_fs", "test"), *(data(options, name) for name in ("gtsrb", "flowers12"))):
-            plain = features(images)
-            own, direct = Stored(unit(plain - base)), Stored(plain)
-            heads = {
-                "prototypes": Trained(ProtoNet(direct)),
-                "simpleshot": Trained(SimpleShot(direct, base)),
-                "label-propagation": Trained(LabelPropagation(own, share * wide), chosen=f"sigma {share}"),
-                "tpn head": graph.variant(TPN(own, graph.model.graph), f"sigma starts {share}"),
-            }
-            balanced = Trained(LabelPropagation(own, share * wide, Propagation(balance=1.0)), chosen=f"sigma {share} strength 1.0")
-            heads["label-propagation rebalanced"] = balanced
-            for name, head in heads.items():
-                for balance in BALANCES:
+        share = choose(lambda share: LabelPropagation(held, share * len(base) ** -0.5).eval(), SIGMAS, some(validation, options))
+        sampler = Sampler(numbered([train_set])[0], ways, shots, options.queries, seed=seed)
+        sigma = share * len(base) ** -0.5
+        graph = headed(seen, held, sigma, sampler, validation, options).model.graph if "tpn head" in asked else None
+        for images, plain in tests:
+            for name, head in heads(plain, base, sigma, share, graph).items():
+                for balance in BALANCES if name in asked else ():
                     head.model.to(options.device).eval()
                     row = measured(head, name, numbered([images])[0], ways, shots, balance, options)
                     yield row | {"trained": "efficientnet-lite0"}
+
+
+def heads(plain: torch.Tensor, base: torch.Tensor, sigma: float, share: float, graph: nn.Module | None) -> dict[str, Trained]:
+    """Over the features of one data set; `base` is the mean of the features of CIFAR-FS's training classes."""
+    from smidgen.fewshot.methods.simpleshot import SimpleShot
+
+    own, direct = Stored(unit(plain - base)), Stored(plain)
+    made = {
+        "prototypes": Trained(ProtoNet(direct)),
+        "simpleshot": Trained(SimpleShot(direct, base)),
+        "label-propagation": Trained(LabelPropagation(own, sigma), chosen=f"sigma {share}"),
+        "label-propagation rebalanced": Trained(
+            LabelPropagation(own, sigma, Propagation(balance=1.0)), chosen=f"sigma {share} strength 1.0"
+        ),
+        "predict simpleshot": Trained(AsPredict(direct, "simpleshot")),
+        "predict label-propagation": Trained(AsPredict(direct, "label-propagation")),
+    }
+    return made if graph is None else made | {"tpn head": Trained(TPN(own, graph), chosen=f"sigma starts {share}")}
+
+
+class AsPredict(nn.Module):
+    """What `smidgen fewshot predict` says: centred on the task's own support, and propagation with five neighbours."""
+
+    def __init__(self, backbone: Stored, method: Literal["simpleshot", "label-propagation"]) -> None:
+        super().__init__()
+        self.backbone, self.method = backbone, method
+
+    def predict(self, episode: Episode) -> torch.Tensor:
+        """Probabilities, task after task."""
+        from smidgen.fewshot.predict import classify
+
+        out = episode.query_x.new_zeros(*episode.query_y.shape, episode.ways)
+        for t, (support_y, query_y) in enumerate(zip(episode.support_y, episode.query_y, strict=True)):
+            support, query = (self.backbone(x[t][y >= 0]) for x, y in ((episode.support_x, support_y), (episode.query_x, query_y)))
+            out[t, query_y >= 0] = classify(self.method, support, support_y[support_y >= 0], query, episode.ways)
+        return out
 
 
 def headed(seen: Stored, held: Stored, sigma: float, sampler: Sampler, validation: Sampler, options: argparse.Namespace) -> Trained:

@@ -29,6 +29,8 @@ NAMES = {
     "btaml+omega=false+gamma=false": "Bayesian, z alone",
     "prototypes": "prototypes",
     "simpleshot": "prototypes, CL2N",
+    "predict simpleshot": "prototypes, centred on the task's own support",
+    "predict label-propagation": "label propagation, the same, 5 neighbours",
     "tpn head": "TPN head, learned on CIFAR-FS",
     "one learner": "one learner on all four",
     "ensemble": "their mean",
