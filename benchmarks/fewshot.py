@@ -103,8 +103,8 @@ MIXTURES: dict[str, tuple[Form, bool, Normalise]] = {
     )
 }  # form of the weight network, whether it sees all queries at once, normalisation
 HEADS = [
-    "prototypes", "simpleshot", "label-propagation", "label-propagation rebalanced", "tpn head", "predict simpleshot",
-    "predict label-propagation",
+    "prototypes", "simpleshot", "label-propagation", "label-propagation rebalanced", "tpn head",
+    "tpn head, 5 neighbours", "predict simpleshot", "predict label-propagation",
 ]  # fmt: skip
 BALANCES: tuple[Queries, ...] = ("balanced", "dirichlet")
 SIGMAS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0)  # of label propagation, in units of the mean spread of validation tasks
@@ -464,7 +464,7 @@ def frozen(seed: int, options: argparse.Namespace) -> Iterator[dict]:
 
     backbone = open_backbone("efficientnet-lite0", options.device)
     asked = options.methods or HEADS
-    asked = [name for name in asked if name == "tpn head" or seed == options.seeds[0]]  # the others have nothing drawn in them
+    asked = [name for name in asked if name.startswith("tpn head") or seed == options.seeds[0]]  # the others have nothing drawn in them
 
     def features(images: Images) -> torch.Tensor:
         return backbone.features(images, 64, options.cache).to(options.device)
@@ -482,16 +482,20 @@ def frozen(seed: int, options: argparse.Namespace) -> Iterator[dict]:
         share = choose(lambda share: LabelPropagation(held, share * len(base) ** -0.5).eval(), SIGMAS, some(validation, options))
         sampler = Sampler(numbered([train_set])[0], ways, shots, options.queries, seed=seed)
         sigma = share * len(base) ** -0.5
-        graph = headed(seen, held, sigma, sampler, validation, options).model.graph if "tpn head" in asked else None
+        trained_heads = {
+            name: headed(seen, held, sigma, Propagation(k=k), sampler, validation, options)
+            for name, k in (("tpn head", 20), ("tpn head, 5 neighbours", 5))
+            if name in asked
+        }
         for images, plain in tests:
-            for name, head in heads(plain, base, sigma, share, graph).items():
+            for name, head in heads(plain, base, sigma, share, trained_heads).items():
                 for balance in BALANCES if name in asked else ():
                     head.model.to(options.device).eval()
                     row = measured(head, name, numbered([images])[0], ways, shots, balance, options)
                     yield row | {"trained": "efficientnet-lite0"}
 
 
-def heads(plain: torch.Tensor, base: torch.Tensor, sigma: float, share: float, graph: nn.Module | None) -> dict[str, Trained]:
+def heads(plain: torch.Tensor, base: torch.Tensor, sigma: float, share: float, trained_heads: dict[str, Trained]) -> dict[str, Trained]:
     """Over the features of one data set; `base` is the mean of the features of CIFAR-FS's training classes."""
     from smidgen.fewshot.methods.simpleshot import SimpleShot
 
@@ -506,7 +510,9 @@ def heads(plain: torch.Tensor, base: torch.Tensor, sigma: float, share: float, g
         "predict simpleshot": Trained(AsPredict(direct, "simpleshot")),
         "predict label-propagation": Trained(AsPredict(direct, "label-propagation")),
     }
-    return made if graph is None else made | {"tpn head": Trained(TPN(own, graph), chosen=f"sigma starts {share}")}
+    for name, head in trained_heads.items():
+        made[name] = head.variant(TPN(own, head.model.graph, head.model.propagation), f"sigma starts {share}")
+    return made
 
 
 class AsPredict(nn.Module):
@@ -527,10 +533,12 @@ class AsPredict(nn.Module):
         return out
 
 
-def headed(seen: Stored, held: Stored, sigma: float, sampler: Sampler, validation: Sampler, options: argparse.Namespace) -> Trained:
+def headed(
+    seen: Stored, held: Stored, sigma: float, propagation: Propagation, sampler: Sampler, validation: Sampler, options: argparse.Namespace
+) -> Trained:
     """TPN whose graph module alone is trained; `seen` are features of the training classes, `held` of the validation classes."""
     torch.manual_seed(sampler.seed)
-    model = TPN(Both(seen, held), FlatGraph(seen.get_buffer("features").shape[1], sigma)).to(options.device)
+    model = TPN(Both(seen, held), FlatGraph(seen.get_buffer("features").shape[1], sigma), propagation).to(options.device)
     return fitted(
         model,
         sampler,

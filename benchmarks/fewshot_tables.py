@@ -28,10 +28,11 @@ NAMES = {
     "btaml+omega=false+z=false": "Bayesian, gamma alone",
     "btaml+omega=false+gamma=false": "Bayesian, z alone",
     "prototypes": "prototypes",
-    "simpleshot": "prototypes, CL2N",
+    "simpleshot": "prototypes, centred on CIFAR-FS",
+    "frozen label-propagation": "label propagation, centred on CIFAR-FS",
     "predict simpleshot": "prototypes, centred on the task's own support",
-    "predict label-propagation": "label propagation, the same, 5 neighbours",
-    "tpn head": "TPN head, learned on CIFAR-FS",
+    "predict label-propagation": "label propagation, centred so, 5 neighbours",
+    "tpn head": "TPN head, centred and learned on CIFAR-FS",
     "one learner": "one learner on all four",
     "ensemble": "their mean",
 }
@@ -49,6 +50,8 @@ def read(paths: list[Path]) -> list[Row]:
     for path in paths:
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
+                if row["table"] == "frozen" and row["method"].startswith("label-propagation"):
+                    row["method"] = f"frozen {row['method']}"
                 if row["table"] == "omniglot" and row["augment"]:
                     row["method"] += f", {row['augment']}"
                 kept[tuple(row[c] for c in ("table", "method", "trained", "tested", "ways", "shots", "queries", "seed"))] = row
