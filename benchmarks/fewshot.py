@@ -20,12 +20,16 @@ Recipes (notes 2.4, 3.5, 4.2, 4.4; what is ours is marked *)
     omniglot, cifar-fs   Adam 1e-3; TPN's is halved every 10,000 of 210,000 tasks and tested after 5 to 8 halvings. Here* --steps updates of
                          --tasks tasks, halved three times over them, for every method alike; CIFAR-FS images, being few, are cropped and
                          mirrored*; the state of the best of 20 validations is kept. TPN's sigma starts at 0.3*, "tpn+start=0.0" as drawn
-    any-shot             Adam 1e-3, constant, 4 tasks, 5 inner steps in training and 10 at test; of the authors' 50,000 updates
-                         --anyshot-steps*. Chosen on CIFAR-FS's validation classes alone (the authors: on those of the unseen sets as well)
+    any-shot             Adam 1e-3, 4 tasks, 5 inner steps in training and 10 at test; of the authors' 50,000 updates
+                         --anyshot-steps*, the rate falling to 0 as a cosine*; inner loops start from a ProtoNet's convolutions,
+                         --start-steps updates of one 20-way 5-shot task*, all alike. Chosen on CIFAR-FS's validation classes alone
+                         (the authors: on those of the unseen sets as well). With --keep a process may train (`--tested` with nothing
+                         behind it) and others test, a set each
     mxml                 members Adam 1e-3, a tenth after 70 %, 100 x images / 150 updates, at least 1,000*; one learner: their sum*;
                          weights Adam 1e-4, a tenth after 70 %, --weight-steps updates, 3 queries a class, on classes that no member saw
                          (Flowers has none to spare, as VOC had not); classes in order: GTSRB 60 / 20 / 20 %*, Flowers 7 / 0 / 5*
-    frozen               nothing is trained but the TPN head's graph module, on CIFAR-FS training classes*
+    frozen               nothing is trained but the TPN head's graph module, on CIFAR-FS training classes*; features are centred by those
+                         classes' mean, the heads of `smidgen fewshot predict` by the mean of a task's own support
 
 Accuracy is the mean over episodes, the interval 1.96 s / sqrt(episodes) of it. Images of other shapes are scaled, and grey ones made
 coloured, where a table mixes data sets. Of GTSRB frames of one track are never in both support and queries: half of a class's tracks,
@@ -37,27 +41,29 @@ One thread of two busy cores, seconds of processor time per update of 4 tasks, 3
 
 import argparse
 import copy
-import csv
-import platform
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
+import rows
 import torch
+import torch.nn.functional as F
 import yaml
 from torch import nn
 
 from smidgen.fewshot.augment import KINDS, Augment
 from smidgen.fewshot.data import shape_of
-from smidgen.fewshot.episodes import Queries, Sampler, Shots, Tasks
-from smidgen.fewshot.evaluate import evaluated, norm_mode
-from smidgen.fewshot.methods.mxml import NormalisedProtoNet
+from smidgen.fewshot.episodes import Episode, Queries, Sampler, Shots, Tasks
+from smidgen.fewshot.measure import evaluated, norm_mode
+from smidgen.fewshot.methods.inner import EPSILON, Classifier
+from smidgen.fewshot.methods.mxml import Form, Normalise, NormalisedProtoNet
 from smidgen.fewshot.methods.propagation import LabelPropagation, Propagation, nodes, spread
 from smidgen.fewshot.methods.prototypes import ProtoNet, choose
+from smidgen.fewshot.methods.simpleshot import unit
 from smidgen.fewshot.methods.tpn import TPN, FlatGraph
 from smidgen.fewshot.models import make
 from smidgen.fewshot.train import train
@@ -68,18 +74,37 @@ from smidgen.run import Run
 RESULTS = Path(__file__).parent / "results" / "fewshot.csv"
 COLUMNS = [
     "table", "method", "trained", "tested", "ways", "shots", "queries", "seed", "accuracy", "interval", "episodes", "batch_norm",
-    "chosen", "steps", "kept", "tasks", "augment", "seconds", "commit", "machine", "date",
+    "chosen", "steps", "kept", "tasks", "augment", "start", "seconds", "commit", "machine", "date",
 ]  # fmt: skip
 FILES = {
     "omniglot": "omniglot28", "cifar_fs": "cifar_fs_100", "gtsrb": "gtsrb_32", "fashion_mnist": "fashion_mnist_28",
     "flowers12": "flowers12_48", "sign_digits": "sign_digits_32", "mnist": "mnist_28",
 }  # fmt: skip
-ELSEWHERE = ["gtsrb", "flowers12", "sign_digits", "fashion_mnist"]
+ANYWHERE = ["cifar_fs", "gtsrb", "flowers12", "sign_digits", "fashion_mnist"]
 TARGETS = ["sign_digits", "mnist", "fashion_mnist"]
 EPISODIC = ["protonet", "tpn", "tpn@higher", "tpn+start=0.0"]
 ANY_SHOT = [
     "protonet", "maml", "meta-sgd", "meta-sgd+balance=classes", "btaml", "btaml+bayesian=false", "btaml+gamma=false+z=false",
     "btaml+omega=false+z=false", "btaml+omega=false+gamma=false",
+]  # fmt: skip
+MIXTURES: dict[str, tuple[Form, bool, Normalise]] = {
+    f"mxml {form} {'transductive' if transductive else 'inductive'} {normalise}": (form, transductive, normalise)
+    for form, transductive, normalise in (
+        ("authors", True, "none"),
+        ("authors", False, "none"),
+        ("authors", True, "softmax"),
+        ("invariant", True, "none"),
+        ("invariant", False, "none"),
+        ("invariant", True, "softmax"),
+        ("authors", True, "product"),
+        ("invariant", True, "product"),
+        ("invariant", False, "product"),
+        ("invariant", True, "sum"),
+    )
+}  # form of the weight network, whether it sees all queries at once, normalisation
+HEADS = [
+    "prototypes", "simpleshot", "label-propagation", "label-propagation rebalanced", "tpn head",
+    "tpn head, 5 neighbours", "predict simpleshot", "predict label-propagation",
 ]  # fmt: skip
 BALANCES: tuple[Queries, ...] = ("balanced", "dirichlet")
 SIGMAS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0)  # of label propagation, in units of the mean spread of validation tasks
@@ -117,6 +142,8 @@ class Trained:
     tasks: int = 0
     seconds: float = 0.0
     augment: str = ""
+    start: str = ""
+    "Where training started, if not where it always does."
     chosen: str = ""
     "What was chosen on validation tasks."
     batch_norm: str = ""
@@ -138,21 +165,27 @@ def halving(steps: int, halvings: int, seed: int, weight_decay: float = 0.0) -> 
     return FitConfig(steps=steps, learning_rate=1e-3, schedule="steps", decay=0.5, decay_every=every, weight_decay=weight_decay, seed=seed)
 
 
-def trained(method: str, sampler: Tasks, validation: Tasks, config: FitConfig, options: argparse.Namespace) -> Trained:
-    """A method of `smidgen fewshot train`, as it was best on validation tasks."""
+def untrained(method: str, sampler: Tasks, seed: int, device: torch.device) -> nn.Module:
+    """A method of `smidgen fewshot train`."""
     name, *given = method.partition("@")[0].split("+")
     settings = {key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in given)}
-    torch.manual_seed(config.seed)
-    model = make(name, shape_of(sampler.images), sampler.ways, settings).to(options.device)
-    return fitted(model, sampler, validation, config, options)
+    torch.manual_seed(seed)
+    return make(name, shape_of(sampler.images), sampler.ways, settings).to(device)
 
 
-def fitted(model: nn.Module, sampler: Tasks, validation: Tasks, config: FitConfig, options: argparse.Namespace, **groups) -> Trained:
+def trained(method: str, sampler: Tasks, validation: Tasks, config: FitConfig, options: argparse.Namespace) -> Trained:
+    """A method, as it was best on validation tasks."""
+    return fitted(untrained(method, sampler, config.seed, options.device), sampler, validation, config, options, options.graphs)
+
+
+def fitted(
+    model: nn.Module, sampler: Tasks, validation: Tasks, config: FitConfig, options: argparse.Namespace, graphs: bool = False, **groups
+) -> Trained:
     """Trains a method in place."""
     config = replace(config, clip=None, precision="float32", keep_best=True)
     started = time.monotonic()
     with scratch(config) as run:
-        result = train(model, sampler, config, run, validation, options.validation, graphs=options.graphs, **groups)
+        result = train(model, sampler, config, run, validation, options.validation, graphs=graphs, **groups)
     augment = " ".join(sampler.augment)
     return Trained(model.eval(), config.steps, result.kept, sampler.tasks, time.monotonic() - started, augment)
 
@@ -249,13 +282,11 @@ def some(sampler: Sampler, options: argparse.Namespace) -> list:
 
 def any_shot(seed: int, options: argparse.Namespace) -> Iterator[dict]:
     """One training, tested where it was trained and elsewhere."""
-    train_set, validation_set, test = (data(options, "cifar_fs", split) for split in ("train", "val", "test"))
-    targets = [test, *(data(options, name, size=32, channels=3) for name in ELSEWHERE)]
-    config = FitConfig(steps=options.anyshot_steps, learning_rate=1e-3, schedule="constant", weight_decay=options.weight_decay, seed=seed)
-    sampler = Sampler(train_set, 5, "any", options.queries, tasks=4, seed=seed, augment=tuple(options.augment or ()))
-    validation = Sampler(validation_set, 5, "any", options.queries, tasks=AT_ONCE, seed=seed + 1)
+    parts = [data(options, "cifar_fs", split) for split in ("train", "val", "test")]
+    chosen = ANYWHERE if options.tested is None else options.tested
+    targets = [parts[2] if name == "cifar_fs" else data(options, name, size=32, channels=3) for name in chosen]
     for method in options.methods or ANY_SHOT:
-        models = {method: trained(method, sampler, validation, config, options)}
+        models = {method: any_shot_trained(method, parts[0], parts[1], seed, options)}
         if method == "btaml":
             mean = copy.copy(models[method].model)
             mean.config = replace(mean.config, samples=0)
@@ -265,9 +296,60 @@ def any_shot(seed: int, options: argparse.Namespace) -> Iterator[dict]:
                 yield measured(made, name, images, 5, "any", "balanced", options) | {"trained": "cifar_fs"}
 
 
+def any_shot_trained(method: str, train_set: Images, validation_set: Images, seed: int, options: argparse.Namespace) -> Trained:
+    """A method trained on tasks of any number of shots, or as another process left it."""
+    steps, kinds = options.anyshot_steps, tuple(options.augment or ())
+    sampler = Sampler(train_set, 5, "any", options.queries, tasks=4, seed=seed, augment=kinds)
+    model = untrained(method, sampler, seed, options.device)
+    file = options.keep and options.keep / f"{method}-{seed}.pt"
+    if file and file.exists():
+        stored = torch.load(file, map_location=options.device, weights_only=True)
+        model.load_state_dict(stored["state"])
+        return Trained(model.eval(), **stored["made"])
+    validation = Sampler(validation_set, 5, "any", options.queries, tasks=AT_ONCE, seed=seed + 1)
+    config = FitConfig(steps=steps, learning_rate=1e-3, schedule="cosine", weight_decay=options.weight_decay, seed=seed)
+    classifiers = [m for m in model.modules() if isinstance(m, Classifier)] if options.start_steps else []
+    before = [started(classifier, sampler, validation, options) for classifier in classifiers]
+    made = fitted(model, sampler, validation, replace(config, evaluate_every=max(1, steps // 8)), options)
+    for first in before:
+        made = replace(made, start=f"protonet {first.steps}", seconds=made.seconds + first.seconds)
+    if file:
+        options.keep.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".partial")
+        row = {name: value for name, value in vars(made).items() if name != "model"}
+        torch.save({"state": model.state_dict(), "made": row}, partial)
+        partial.rename(file)
+    return made
+
+
+def started(classifier: Classifier, sampler: Sampler, validation: Sampler, options: argparse.Namespace) -> Trained:
+    """Trains its convolutions as a ProtoNet's: an update of these costs a small part of one through an inner loop."""
+    many = replace(sampler, ways=20, shots=5, queries=10, tasks=1)
+    few = replace(validation, shots=5)
+    config = FitConfig(steps=options.start_steps, learning_rate=1e-3, schedule="cosine", seed=sampler.seed)
+    return fitted(ProtoNet(Trunk(classifier)), many, few, config, options, options.device.type == "cuda")
+
+
+class Trunk(nn.Module):
+    """The convolutions of an inner loop's classifier, not adapted."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(n, channels, height, width) -> (n, features)"""
+        c = self.classifier
+        for weight, bias, shift in zip(c.weights, c.biases, c.shift, strict=True):
+            x = F.batch_norm(F.conv2d(x, weight, bias, padding=1), None, None, None, shift, True, 0.1, EPSILON)
+            x = F.max_pool2d(F.relu(x), 2)
+        return x.flatten(1)
+
+
 def mxml(seed: int, options: argparse.Namespace) -> Iterator[dict]:
     """Members, one learner on all sets, the members' mean, and mixtures, which are trained on classes that no member has seen."""
     from smidgen.fewshot.methods import mxml as m
+    from smidgen.fewshot.methods import mxml_stages as stages
     from smidgen.fewshot.sets import SetsSampler
     from smidgen.networks import Conv4
 
@@ -281,8 +363,8 @@ def mxml(seed: int, options: argparse.Namespace) -> Iterator[dict]:
         """One learner on tasks of one sampler."""
         torch.manual_seed(seed)
         learner = m.NormalisedProtoNet(Conv4(3)).to(options.device)
-        config = replace(m.MEMBERS, steps=steps, decay_every=max(1, 7 * steps // 10), precision="float32", seed=seed)
-        return timed(learner, config, sampler, lambda run: m.train_members([learner], [sampler], config, run))
+        config = replace(stages.MEMBERS, steps=steps, decay_every=max(1, 7 * steps // 10), precision="float32", seed=seed)
+        return timed(learner, config, sampler, lambda run: stages.train_members([learner], [sampler], config, run))
 
     def timed(model: nn.Module, config: FitConfig, sampler: Tasks, stage: Callable) -> Trained:
         started = time.monotonic()
@@ -293,7 +375,8 @@ def mxml(seed: int, options: argparse.Namespace) -> Iterator[dict]:
     lengths = [min(options.member_steps, max(1000, 100 * len(s.labels) // 150)) for s in sets]
     members = [alone(Sampler(s, ways, shots, options.queries, seed=seed, augment=kinds), n) for s, n in zip(sets, lengths, strict=True)]
     models = {f"member {name}": member for name, member in zip(parts, members, strict=True)}
-    models["one learner"] = alone(SetsSampler(tuple(sets), ways, shots, options.queries, seed=seed, augment=kinds), sum(lengths))
+    if not options.methods or "one learner" in options.methods:
+        models["one learner"] = alone(SetsSampler(tuple(sets), ways, shots, options.queries, seed=seed, augment=kinds), sum(lengths))
     known = [*unseen, *targets]  # members do not change any more: from here on their features are looked up
     models = {name: replace(made, model=remembered(made.model, known), batch_norm=norm_mode(made.model)) for name, made in models.items()}
     drawn = numbered(known)
@@ -302,25 +385,14 @@ def mxml(seed: int, options: argparse.Namespace) -> Iterator[dict]:
     models["ensemble"] = replace(models["member omniglot"], model=m.Ensemble(networks), seconds=sum(member.seconds for member in members))
     weighing = SetsSampler(tuple(unseen), ways, shots, 3, seed=seed)
     second = replace(
-        m.WEIGHTS, steps=options.weight_steps, decay_every=max(1, 7 * options.weight_steps // 10), precision="float32", seed=seed
+        stages.WEIGHTS, steps=options.weight_steps, decay_every=max(1, 7 * options.weight_steps // 10), precision="float32", seed=seed
     )
-    for form, transductive, normalise in (
-        ("authors", True, "none"),
-        ("authors", False, "none"),
-        ("authors", True, "softmax"),
-        ("invariant", True, "none"),
-        ("invariant", False, "none"),
-        ("invariant", True, "softmax"),
-        ("authors", True, "product"),
-        ("invariant", True, "product"),
-        ("invariant", False, "product"),
-        ("invariant", True, "sum"),
-    ):
+    for name in (n for n in options.methods or MIXTURES if n in MIXTURES):
+        form, transductive, normalise = MIXTURES[name]
         torch.manual_seed(seed)
         network = m.WeightNetwork(256, ways if form == "authors" else None, form, transductive)
         mixture = m.MxML(networks, network, normalise).to(options.device)
-        name = f"mxml {form} {'transductive' if transductive else 'inductive'} {normalise}"
-        made = timed(mixture, second, weighing, lambda run, mixture=mixture: m.train_weights(mixture, weighing, second, run))
+        made = timed(mixture, second, weighing, lambda run, mixture=mixture: stages.train_weights(mixture, weighing, second, run))
         models[name] = replace(made, batch_norm=models["ensemble"].batch_norm)
     for name, made in models.items():
         for images in targets:
@@ -389,9 +461,10 @@ def remembered(member: nn.Module, sets: Sequence[Images]) -> Remembered:
 def frozen(seed: int, options: argparse.Namespace) -> Iterator[dict]:
     """Heads over a network that was trained on ImageNet, whose classes include many of these."""
     from smidgen.backbones import open_backbone
-    from smidgen.fewshot.methods.simpleshot import SimpleShot, unit
 
     backbone = open_backbone("efficientnet-lite0", options.device)
+    asked = options.methods or HEADS
+    asked = [name for name in asked if name.startswith("tpn head") or seed == options.seeds[0]]  # the others have nothing drawn in them
 
     def features(images: Images) -> torch.Tensor:
         return backbone.features(images, 64, options.cache).to(options.device)
@@ -400,43 +473,79 @@ def frozen(seed: int, options: argparse.Namespace) -> Iterator[dict]:
     raw = features(train_set)
     base = raw.mean(0)
     seen, held = (Stored(unit(part - base)) for part in (raw, features(validation_set)))
-    wide = len(base) ** -0.5
+    tests = [
+        (images, features(images)) for images in (data(options, "cifar_fs", "test"), data(options, "gtsrb"), data(options, "flowers12"))
+    ]
     for setting in options.ways_shots or ["5w1s", "5w5s"]:
         ways, shots = map(int, setting.removesuffix("s").split("w"))
         validation = Sampler(numbered([validation_set])[0], ways, shots, options.queries, tasks=AT_ONCE, seed=seed + 1)
-        tasks = some(validation, options)
-        share = choose(lambda share: LabelPropagation(held, share * wide), SIGMAS, tasks)
-        graph = headed(
-            seen, held, share * wide, Sampler(numbered([train_set])[0], ways, shots, options.queries, seed=seed), validation, options
-        )
-        for images in (data(options, "cifar_fs", "test"), *(data(options, name) for name in ("gtsrb", "flowers12"))):
-            plain = features(images)
-            own, direct = Stored(unit(plain - base)), Stored(plain)
-            heads = {
-                "prototypes": Trained(ProtoNet(direct)),
-                "simpleshot": Trained(SimpleShot(direct, base)),
-                "label-propagation": Trained(LabelPropagation(own, share * wide), chosen=f"sigma {share}"),
-                "tpn head": graph.variant(TPN(own, graph.model.graph), f"sigma starts {share}"),
-            }
-            balanced = Trained(LabelPropagation(own, share * wide, Propagation(balance=1.0)), chosen=f"sigma {share} strength 1.0")
-            heads["label-propagation rebalanced"] = balanced
-            for name, head in heads.items():
-                for balance in BALANCES:
+        share = choose(lambda share: LabelPropagation(held, share * len(base) ** -0.5).eval(), SIGMAS, some(validation, options))
+        sampler = Sampler(numbered([train_set])[0], ways, shots, options.queries, seed=seed)
+        sigma = share * len(base) ** -0.5
+        trained_heads = {
+            name: headed(seen, held, sigma, Propagation(k=k), sampler, validation, options)
+            for name, k in (("tpn head", 20), ("tpn head, 5 neighbours", 5))
+            if name in asked
+        }
+        for images, plain in tests:
+            for name, head in heads(plain, base, sigma, share, trained_heads).items():
+                for balance in BALANCES if name in asked else ():
                     head.model.to(options.device).eval()
                     row = measured(head, name, numbered([images])[0], ways, shots, balance, options)
                     yield row | {"trained": "efficientnet-lite0"}
 
 
-def headed(seen: Stored, held: Stored, sigma: float, sampler: Sampler, validation: Sampler, options: argparse.Namespace) -> Trained:
+def heads(plain: torch.Tensor, base: torch.Tensor, sigma: float, share: float, trained_heads: dict[str, Trained]) -> dict[str, Trained]:
+    """Over the features of one data set; `base` is the mean of the features of CIFAR-FS's training classes."""
+    from smidgen.fewshot.methods.simpleshot import SimpleShot
+
+    own, direct = Stored(unit(plain - base)), Stored(plain)
+    made = {
+        "prototypes": Trained(ProtoNet(direct)),
+        "simpleshot": Trained(SimpleShot(direct, base)),
+        "label-propagation": Trained(LabelPropagation(own, sigma), chosen=f"sigma {share}"),
+        "label-propagation rebalanced": Trained(
+            LabelPropagation(own, sigma, Propagation(balance=1.0)), chosen=f"sigma {share} strength 1.0"
+        ),
+        "predict simpleshot": Trained(AsPredict(direct, "simpleshot")),
+        "predict label-propagation": Trained(AsPredict(direct, "label-propagation")),
+    }
+    for name, head in trained_heads.items():
+        made[name] = head.variant(TPN(own, head.model.graph, head.model.propagation), f"sigma starts {share}")
+    return made
+
+
+class AsPredict(nn.Module):
+    """What `smidgen fewshot predict` says: centred on the task's own support, and propagation with five neighbours."""
+
+    def __init__(self, backbone: Stored, method: Literal["simpleshot", "label-propagation"]) -> None:
+        super().__init__()
+        self.backbone, self.method = backbone, method
+
+    def predict(self, episode: Episode) -> torch.Tensor:
+        """Probabilities, task after task."""
+        from smidgen.fewshot.predict import classify
+
+        out = episode.query_x.new_zeros(*episode.query_y.shape, episode.ways)
+        for t, (support_y, query_y) in enumerate(zip(episode.support_y, episode.query_y, strict=True)):
+            support, query = (self.backbone(x[t][y >= 0]) for x, y in ((episode.support_x, support_y), (episode.query_x, query_y)))
+            out[t, query_y >= 0] = classify(self.method, support, support_y[support_y >= 0], query, episode.ways)
+        return out
+
+
+def headed(
+    seen: Stored, held: Stored, sigma: float, propagation: Propagation, sampler: Sampler, validation: Sampler, options: argparse.Namespace
+) -> Trained:
     """TPN whose graph module alone is trained; `seen` are features of the training classes, `held` of the validation classes."""
     torch.manual_seed(sampler.seed)
-    model = TPN(Both(seen, held), FlatGraph(seen.get_buffer("features").shape[1], sigma)).to(options.device)
+    model = TPN(Both(seen, held), FlatGraph(seen.get_buffer("features").shape[1], sigma), propagation).to(options.device)
     return fitted(
         model,
         sampler,
         validation,
         halving(options.head_steps, options.halvings, sampler.seed),
         options,
+        options.graphs,
         groups=[{"params": model.graph.parameters()}],
     )
 
@@ -459,35 +568,13 @@ class Both(nn.Module):
 TABLES = {"omniglot": omniglot, "cifar-fs": cifar_fs, "any-shot": any_shot, "mxml": mxml, "frozen": frozen}
 
 
-def append(path: Path, row: dict) -> None:
-    """Adds a row to the results."""
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
-def provenance(device: torch.device) -> dict:
-    """What made a row."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    except FileNotFoundError:  # no git there
-        commit = ""
-    cpu = f"{platform.machine()}, {torch.get_num_threads()} threads"
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
-    return {"commit": commit, "machine": machine, "date": time.strftime("%Y-%m-%d")}
-
-
 def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--results", type=Path, default=RESULTS, help="the file that rows are added to")
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
-    parser.add_argument("--methods", nargs="+", help="of omniglot, cifar-fs and any-shot; by default a list for each")
+    parser.add_argument("--methods", nargs="+", help='by default a list for each table; of mxml the mixtures, and "one learner"')
     parser.add_argument("--ways-shots", nargs="+", metavar="5w1s", help="of omniglot, cifar-fs and frozen; by default those named above")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     numbers = {
@@ -495,6 +582,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         "tasks": (4, "tasks of each of these updates"),
         "halvings": (3, "of the learning rate in such a training"),
         "anyshot-steps": (20_000, "updates of an any-shot training, of 4 tasks"),
+        "start-steps": (3000, "updates of the ProtoNet that inner loops of any-shot start from; 0: from random weights"),
         "member-steps": (20_000, "largest number of updates of a member of mxml"),
         "weight-steps": (10_000, "updates of a weight network of mxml"),
         "head-steps": (2000, "updates of the TPN head over frozen features"),
@@ -507,24 +595,25 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--weight-decay", type=float, default=0.0)
     parser.add_argument("--augment", nargs="*", choices=KINDS, help="of training images; by default flip crop for cifar-fs alone")
     parser.add_argument("--graphs", action="store_true", help="train omniglot, cifar-fs and the TPN head by CUDA graphs")
+    parser.add_argument("--tested", nargs="*", choices=ANYWHERE, help="sets that any-shot tests on; by default all")
+    parser.add_argument("--keep", type=Path, help="folder that keeps trained any-shot methods; those that are there are not trained")
     parser.add_argument("--cache", type=Path, help="folder that keeps features of frozen backbones")
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     options = parser.parse_args(given)
     for name in numbers:
-        if vars(options)[name.replace("-", "_")] < 1:
+        if vars(options)[name.replace("-", "_")] < (name != "start-steps"):
             parser.error(f"--{name} must be positive")
     return options
 
 
 def main(options: argparse.Namespace) -> None:
     """Fills the tables."""
-    made_by = provenance(options.device)
-    options.results.parent.mkdir(parents=True, exist_ok=True)
+    made_by = rows.provenance()
     for seed in options.seeds:
         for table in options.tables:
             for row in TABLES[table](seed, options):
                 row |= {"table": table, "seed": seed} | made_by
-                append(options.results, row)
+                rows.append(options.results, COLUMNS, [row])
                 print("\t".join(str(row[c]) for c in COLUMNS[:10]), flush=True)
 
 

@@ -13,16 +13,15 @@ A row per method goes to benchmarks/results/fewshot_speed.csv: steps/s and tasks
 
 import argparse
 import copy
-import csv
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import rows
 import torch
 import torch.nn.functional as F
-from fewshot import provenance
 from torch import Tensor, nn
 
 from smidgen.fewshot.episodes import Episode, Sampler, Shots
@@ -147,7 +146,7 @@ def compared(name: str, method: nn.Module, side_by_side: Loss, loop: Loss, shots
     fast, slow = (rate(method, f, batches, noises, options.seconds) for f in (side_by_side, loop))
     row = {"method": name, "tasks": options.tasks, "loss": round(a, 5), "loop_loss": round(b, 5)}
     row |= {"steps_per_s": round(fast, 3), "loop_steps_per_s": round(slow, 3), "tasks_per_s": round(fast * options.tasks, 2)}
-    return row | {"ratio": round(fast / slow, 2)} | provenance(options.device)
+    return row | {"ratio": round(fast / slow, 2)} | rows.provenance()
 
 
 def tpn(options: argparse.Namespace) -> dict:
@@ -177,12 +176,7 @@ def main() -> None:
     for name in options.methods:
         row = {"tpn": tpn, "btaml": btaml}[name](options)
         print(row, flush=True)
-        new = not options.results.exists()
-        with options.results.open("a", newline="") as file:
-            writer = csv.DictWriter(file, list(row))
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+        rows.append(options.results, list(row), [row])
 
 
 if __name__ == "__main__":

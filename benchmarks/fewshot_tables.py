@@ -17,6 +17,7 @@ NAMES = {
     "tpn": "TPN",
     "tpn@higher": "TPN, more shots in training",
     "tpn+start=0.0": "TPN, sigma as drawn",
+    "tpn+norm=transductive": "TPN, batch norm by the batch",
     "maml": "MAML",
     "meta-sgd": "Meta-SGD",
     "meta-sgd+balance=classes": "Meta-SGD, classes weighed by 1/N",
@@ -27,8 +28,11 @@ NAMES = {
     "btaml+omega=false+z=false": "Bayesian, gamma alone",
     "btaml+omega=false+gamma=false": "Bayesian, z alone",
     "prototypes": "prototypes",
-    "simpleshot": "prototypes, CL2N",
-    "tpn head": "TPN head, learned on CIFAR-FS",
+    "simpleshot": "prototypes, centred on CIFAR-FS",
+    "frozen label-propagation": "label propagation, centred on CIFAR-FS",
+    "predict simpleshot": "prototypes, centred on the task's own support",
+    "predict label-propagation": "label propagation, centred so, 5 neighbours",
+    "tpn head": "TPN head, centred and learned on CIFAR-FS",
     "one learner": "one learner on all four",
     "ensemble": "their mean",
 }
@@ -46,6 +50,8 @@ def read(paths: list[Path]) -> list[Row]:
     for path in paths:
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
+                if row["table"] == "frozen" and row["method"].startswith("label-propagation"):
+                    row["method"] = f"frozen {row['method']}"
                 if row["table"] == "omniglot" and row["augment"]:
                     row["method"] += f", {row['augment']}"
                 kept[tuple(row[c] for c in ("table", "method", "trained", "tested", "ways", "shots", "queries", "seed"))] = row
@@ -67,7 +73,7 @@ def name(method: str) -> str:
     plain, _, rest = method.partition(" rebalanced")
     kind, *details = plain.split()
     base, comma, varied = plain.partition(",")
-    words = NAMES.get(base, base) + comma + varied
+    words = NAMES.get(base, base) + comma + varied.replace("affine", "images turned and shifted in training")
     if kind == "member":
         words = f"member {SETS.get(details[0], details[0])}"
     if kind == "mxml":

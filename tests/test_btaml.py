@@ -12,10 +12,22 @@ from torch import nn
 
 from smidgen.errors import UserError
 from smidgen.fewshot.episodes import Episode, Sampler, accuracy
-from smidgen.fewshot.evaluate import norm_mode
+from smidgen.fewshot.measure import norm_mode
 from smidgen.fewshot.methods import Shows, btaml
 from smidgen.fewshot.methods.btaml import BTAML, BTAMLConfig, divergence, modulated, sample
-from smidgen.fewshot.methods.inner import BLOCKS, EPSILON, Classifier, Inner, clipped, even, inverse_size, query_loss
+from smidgen.fewshot.methods.columns import Columns
+from smidgen.fewshot.methods.inner import (
+    BLOCKS,
+    EPSILON,
+    Classifier,
+    Inner,
+    Parts,
+    clipped,
+    even,
+    inverse_size,
+    moments,
+    query_loss,
+)
 from smidgen.fewshot.methods.maml import MAML, MAMLConfig, MetaSGD, MetaSGDConfig
 from smidgen.fewshot.models import make
 from smidgen.fit import FitConfig, fit
@@ -188,6 +200,24 @@ def test_first_order_gradient_is_not(monkeypatch):
     monkeypatch.setattr(torch.autograd, "grad", lambda *args, **options: tuple(g.detach() for g in exact(*args, **options)))
     method, episode = made(FACTORIES[0]), task([2, 1], 3)
     assert max(deviation(method, lambda: method(episode)).values()) > 0.05
+
+
+def test_columns_are_windows_and_their_gradients_add_up_twice():
+    x = torch.rand(2, 3, 2, 4, 5, dtype=torch.float64, requires_grad=True)
+    windows = F.unfold(x.transpose(1, 2).flatten(0, 1), 3, padding=1).unflatten(0, (2, 2)).transpose(1, 2).flatten(2)
+    assert torch.equal(Columns.apply(x), windows)
+    assert torch.autograd.gradcheck(Columns.apply, x)
+    assert torch.autograd.gradgradcheck(Columns.apply, x)
+
+
+def test_first_moments_follow_from_those_of_the_windows():
+    """Against the maps themselves, for tasks of unequal length with padding."""
+    tasks = batch(task([3, 4]), task([9, 8], seed=1))
+    parts = Parts.of(tasks.support_x, (tasks.support_y >= 0).double())
+    weight = torch.randn(2, 5, 1, 3, 3, dtype=torch.float64)
+    maps = parts.windows.maps(parts.each(weight).flatten(2) @ parts.windows.columns)
+    for ours, theirs in zip(parts.windows.moments(weight), moments(maps, parts), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
 def test_linear_softmax_by_hand():

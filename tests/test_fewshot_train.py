@@ -15,7 +15,7 @@ from smidgen.errors import UserError
 from smidgen.fewshot import train as training
 from smidgen.fewshot.augment import augmented
 from smidgen.fewshot.episodes import Sampler
-from smidgen.fewshot.evaluate import evaluated
+from smidgen.fewshot.measure import evaluated
 from smidgen.fewshot.models import METHODS, TRAINED, Description, describe, load, make, save, trained_folder
 from smidgen.fewshot.train import Config, main
 from smidgen.fit import CHECKPOINT

@@ -16,14 +16,12 @@ from smidgen.fewshot.methods.mxml import (
     MxML,
     NormalisedProtoNet,
     WeightNetwork,
-    conv4_mixture,
     differences,
     log_weights,
     mixed,
     prototypes,
-    train_members,
-    train_weights,
 )
+from smidgen.fewshot.methods.mxml_stages import conv4_mixture, train_members, train_weights
 from smidgen.fewshot.methods.prototypes import cross_entropy
 from smidgen.fewshot.sets import SetsSampler, held_out, joined
 from smidgen.fit import FitConfig

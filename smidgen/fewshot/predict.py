@@ -35,7 +35,7 @@ from cyclopts import Parameter
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from smidgen.backbones import LITE, TRAINED, Scaling, normalised, open_backbone
+from smidgen.backbones import LITE, TRAINED, EfficientNetLite, Scaling, normalised, open_backbone
 from smidgen.errors import UserError
 from smidgen.fewshot.episodes import Episode
 from smidgen.fewshot.methods import Method as Trained
@@ -209,6 +209,23 @@ def classify(
         sigma = SIGMA * float(spread(nodes, torch.ones_like(nodes[..., 0], dtype=torch.bool)))
         return LabelPropagation(nn.Identity(), sigma, Propagation(k=NEIGHBOURS)).predict(episode)[0]
     return (temperature * ProtoNet(nn.Identity()).logits(episode)).softmax(-1)[0]
+
+
+class Unit(nn.Module):
+    """Features of one length, whose squared distances are t times those of length 1."""
+
+    def __init__(self, temperature: float) -> None:
+        super().__init__()
+        self.length = temperature**0.5
+
+    def forward(self, x: Float[Tensor, "n width"]) -> Float[Tensor, "n width"]:
+        """As the head takes them."""
+        return self.length * normalised(x)
+
+
+def prototypes_over_lite(temperature: float = TEMPERATURE) -> ProtoNet:
+    """Backbone and head of `--method prototypes` in one module, which sees images: the same probabilities."""
+    return ProtoNet(nn.Sequential(EfficientNetLite(), Unit(temperature))).eval()
 
 
 def _trained(model: Path) -> Path:

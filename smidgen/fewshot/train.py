@@ -13,22 +13,24 @@ classes, then the network that weighs them, from tasks of the other fifth, which
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from cyclopts import Parameter
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 from smidgen.errors import UserError
 from smidgen.fewshot.augment import Augment
 from smidgen.fewshot.data import Shape, load_images, shape_of
-from smidgen.fewshot.episodes import Episode, Sampler, Shots, Tasks
-from smidgen.fewshot.evaluate import Result, evaluated, examples, norm_mode
-from smidgen.fewshot.methods.mxml import MxML, train_members
+from smidgen.fewshot.episodes import Sampler, Shots, Tasks
+from smidgen.fewshot.evaluate import examples
+from smidgen.fewshot.graphs import Training
+from smidgen.fewshot.measure import Result, evaluated, norm_mode
+from smidgen.fewshot.methods.mxml import MxML
+from smidgen.fewshot.methods.mxml_stages import train_members
 from smidgen.fewshot.models import TRAINED, Description, describe, load, load_members, make, save, settle, trained_folder
 from smidgen.fewshot.sets import SetsSampler, held_out, one_shape
 from smidgen.fit import CHECKPOINT, FitConfig, FitResult, fit, is_first_process, own_device, process_run
@@ -287,40 +289,6 @@ def chosen_members(folders: Sequence[Path], shape: Shape) -> list[dict[str, Any]
 def figures(result: Result) -> dict[str, float]:
     """What the log has of a validation; `held_out`, the share of errors, is what the best state has least of."""
     return {"held_out": 1 - result.accuracy, "accuracy": result.accuracy, "accuracy_interval": result.interval}
-
-
-class Training(nn.Module):
-    """A method whose forward pass is its loss: what spreads a model over processes hears of forward passes only."""
-
-    def __init__(self, method: nn.Module) -> None:
-        super().__init__()
-        self.method = method
-        self.graphs: tuple[Callable[..., Tensor], ...] = ()  # in a tuple, or its parameters would be there twice
-
-    def forward(self, episode: Episode) -> Float[Tensor, ""]:
-        """Mean over tasks."""
-        if self.graphs and self.training:
-            return self.graphs[0](episode.support_x, episode.support_y, episode.query_x, episode.query_y)
-        return self.method.loss(episode)  # pyright: ignore  a Method
-
-    def capture(self, episode: Episode) -> None:
-        """Makes CUDA graphs of the loss and its gradient, for tasks of just this size and without padding.
-
-        A small network starts a thousand kernels per update, which takes longer than they run; two graphs start them all.
-        """
-        example = episode.support_x, episode.support_y, episode.query_x, episode.query_y
-        self.graphs = (torch.cuda.make_graphed_callables(_Plain(self.method, episode.ways), example),)  # pyright: ignore  a module
-
-
-class _Plain(nn.Module):
-    """The loss as a function of tensors alone."""
-
-    def __init__(self, method: nn.Module, ways: int) -> None:
-        super().__init__()
-        self.method, self.ways = method, ways
-
-    def forward(self, support_x: Tensor, support_y: Tensor, query_x: Tensor, query_y: Tensor) -> Float[Tensor, ""]:
-        return self.method.loss(Episode(support_x, support_y, query_x, query_y, self.ways))  # pyright: ignore  a Method
 
 
 def train(

@@ -11,14 +11,17 @@ their sum is each one's own. Weights are passed as arguments and not held by lay
 What makes it fast is the layout of maps, (parts, channels, images of a part, height, width), where a part is eight images of one task: a
 convolution is a matrix product per part, whose result needs no transposing. With all images of a task in one product, the gradient of the
 weights would be a sum of a quarter million terms by a handful of the GPU's processors, two thirds of all time. Tasks that are shorter than
-others have fewer parts, so padding costs next to nothing. And pooling comes before batch norm, which has no scale here, so that larger
-stays larger: the same numbers from a quarter of the entries.
+others have fewer parts, so padding costs next to nothing. Pooling comes before batch norm, which has no scale here, so that larger
+stays larger: the same numbers from a quarter of the entries. And the first convolution, whose maps are the largest, is linear in images
+that stay the same from step to step: their windows are cut out once, and batch norm's statistics W m and diag(W C W^T) follow from the
+windows' mean m and covariance C without a look at the maps.
 
 Rows of padding (label -1) have no part in the loss, in N, or in the statistics of batch norm. `faithful_padding` counts them in the latter
 two, as the authors' code does (notes 3.7): for comparison only.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +31,7 @@ from torch.func import functional_call
 
 from smidgen.errors import UserError
 from smidgen.fewshot.episodes import Episode
+from smidgen.fewshot.methods.columns import Columns
 
 BLOCKS = 4
 SMALLEST = 2**BLOCKS  # pixels a side, of which the last pooling leaves one
@@ -113,9 +117,12 @@ class Classifier(nn.Module):
 
     def logits(self, theta: Layers, parts: "Parts") -> Float[Tensor, "parts part ways"]:
         """Of every image by its own task's weights."""
-        x = parts.x.transpose(1, 2)
-        for (weight, bias), shift in zip(theta[:BLOCKS], self.shift, strict=True):
-            x = F.relu(pooled(convolved(x, parts.each(weight)), bias, shift, parts))
+        weight, bias = theta[0]
+        maps = parts.each(weight).flatten(2) @ parts.windows.columns
+        x = F.relu(pooled(parts.windows.maps(maps), parts.windows.moments(weight), bias, self.shift[0], parts))
+        for (weight, bias), shift in zip(theta[1:BLOCKS], self.shift[1:], strict=True):
+            maps = convolved(x, parts.each(weight))
+            x = F.relu(pooled(maps, moments(maps, parts), bias, shift, parts))
         weight, bias = theta[BLOCKS]
         return torch.baddbmm(parts.each(bias)[:, None], x.transpose(1, 2).flatten(2), parts.each(weight).mT)
 
@@ -164,6 +171,17 @@ class Parts:
         member = F.one_hot(kept.nonzero()[:, 0], len(kept)).T.to(counted.dtype)
         return Parts(kept, member, _eights(x)[kept], _eights(counted)[kept])
 
+    @cached_property
+    def windows(self) -> "Windows":
+        """What the first convolution sees."""
+        columns = Columns.apply(self.x.transpose(1, 2))
+        shape = self.x.shape[1], *self.x.shape[3:]
+        weight = self.counted.repeat_interleave(shape[1] * shape[2], 1)[..., None]
+        places = self.total(weight.sum((1, 2)))
+        mean = self.total((columns @ weight).squeeze(2)) / places[:, None]
+        centred = columns - self.each(mean)[..., None]
+        return Windows(columns, shape, mean, self.total((centred * weight.mT) @ centred.mT) / places[:, None, None])
+
     def cut(self, values: Shaped[Tensor, "tasks n"]) -> Shaped[Tensor, "parts part"]:
         """A number per image, cut alike."""
         return _eights(values)[self.kept]
@@ -182,6 +200,26 @@ class Parts:
         return (self.member.T @ values.flatten(1)).unflatten(1, values.shape[1:])
 
 
+@dataclass(frozen=True)
+class Windows:
+    """The 3 x 3 windows of images, flat, and their first two moments over all places of a task's counted images."""
+
+    columns: Float[Tensor, "parts entries places"]
+    shape: tuple[int, ...]
+    "Places: images of a part, height, width."
+    mean: Float[Tensor, "tasks entries"]
+    covariance: Float[Tensor, "tasks entries entries"]
+
+    def maps(self, x: Float[Tensor, "parts filters places"]) -> Float[Tensor, "parts filters part height width"]:
+        """Places as they lie."""
+        return x.unflatten(2, self.shape)
+
+    def moments(self, weight: Float[Tensor, "tasks filters channels 3 3"]) -> tuple[Tensor, Tensor]:
+        """Mean and variance of the convolution by `weight`, each (tasks, filters)."""
+        w = weight.flatten(2)
+        return (w @ self.mean[..., None]).squeeze(2), ((w @ self.covariance) * w).sum(2)
+
+
 def _eights(x: Shaped[Tensor, "tasks n *rest"]) -> Shaped[Tensor, "tasks most part *rest"]:
     missing = -x.shape[1] % PART
     return F.pad(x, (*[0, 0] * (x.ndim - 2), 0, missing)).unflatten(1, (-1, PART))
@@ -191,23 +229,26 @@ def convolved(
     x: Float[Tensor, "parts channels part height width"], weight: Float[Tensor, "parts filters channels 3 3"]
 ) -> Float[Tensor, "parts filters part height width"]:
     """3 x 3, zeros around; every part has weights of its own."""
-    windows = F.pad(x, (1, 1, 1, 1)).unfold(3, 3, 1).unfold(4, 3, 1)  # (parts, channels, part, height, width, 3, 3)
-    columns = windows.permute(0, 1, 5, 6, 2, 3, 4).flatten(1, 3).flatten(2)  # (parts, 9 channels, part height width)
-    return (weight.flatten(2) @ columns).unflatten(2, x.shape[2:])
+    return (weight.flatten(2) @ Columns.apply(x)).unflatten(2, x.shape[2:])
+
+
+def moments(x: Float[Tensor, "parts channels part height width"], parts: Parts) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance over a task's counted images, each (tasks, channels)."""
+    images, counted = parts.total(parts.counted.sum(1))[:, None], parts.counted[:, None]
+    variances, means = torch.var_mean(x, (3, 4), correction=0)  # of every image
+    mean = parts.total((means * counted).sum(2)) / images
+    return mean, parts.total(((variances + (means - parts.each(mean)[..., None]).square()) * counted).sum(2)) / images
 
 
 def pooled(
     x: Float[Tensor, "parts channels part height width"],
+    normal: tuple[Tensor, Tensor],
     bias: Float[Tensor, "tasks channels"],
     shift: Float[Tensor, "channels"],
     parts: Parts,
 ) -> Float[Tensor, "parts channels part half_height half_width"]:
-    """Maximum over 2 x 2 of x + bias, after batch norm by mean and biased variance of a task's images counted."""
-    images = parts.total(parts.counted.sum(1))[:, None]
-    counted = parts.counted[:, None]
-    variances, means = torch.var_mean(x, (3, 4), correction=0)  # of every image
-    mean = parts.total((means * counted).sum(2)) / images  # (tasks, channels)
-    variance = parts.total(((variances + (means - parts.each(mean)[..., None]).square()) * counted).sum(2)) / images
+    """Maximum over 2 x 2 of x + bias, after batch norm by mean and variance."""
+    mean, variance = normal
     scale = (variance + EPSILON).rsqrt()
     shift = shift + (bias - (mean + bias)) * scale  # what follows a bias takes it away again
     most = F.max_pool2d(x.flatten(0, 1), 2).unflatten(0, x.shape[:2])
@@ -238,12 +279,13 @@ def even(episode: Episode) -> Float[Tensor, "tasks ways"]:
 def inverse_size(episode: Episode) -> Float[Tensor, "tasks ways"]:
     """w_c = N / (C^2 N_c): L becomes the mean over classes of a class's mean cross-entropy.
 
-    The "1/N_c" baseline of notes 3.6; its constant is our reading, chosen so that equal shots give `even`.
+        The "1/N_c" baseline of notes 3.6; its constant is our reading, chosen so that equal shots give `even`.
 
-    >>> from smidgen.fewshot.episodes import Episode
-    >>> y = torch.tensor([[0, 0, 0, 1]])
-    >>> inverse_size(Episode(torch.zeros(1, 4, 1), y, torch.zeros(1, 1, 1), torch.zeros(1, 1, dtype=torch.long), 2))
-    tensor([[0.3333, 1.0000]])
+        >>> from smidgen.fewshot.episodes import Episode
+    from smidgen.fewshot.methods.columns import Columns
+        >>> y = torch.tensor([[0, 0, 0, 1]])
+        >>> inverse_size(Episode(torch.zeros(1, 4, 1), y, torch.zeros(1, 1, 1), torch.zeros(1, 1, dtype=torch.long), 2))
+        tensor([[0.3333, 1.0000]])
     """
     shots = episode.shots().to(episode.support_x.dtype)
     return shots.sum(1, keepdim=True) / (episode.ways**2 * shots.clamp(min=1))

@@ -16,18 +16,17 @@ so sure that a sum of their probabilities is little more than a vote, which forg
 
     score(c | q)      = sum_m w_m log p_m(c | q),  w_m = softplus(a_m) / 100                "product"
 
-Training has two stages (4.2, 4.4): members, each on its data set (`train_members`); then, members frozen with all their statistics, the
-network on tasks of classes that no member has seen, of data sets drawn uniformly (`train_weights` with a `sets.SetsSampler`). All data
-sets must have images of one shape. Baselines: each member; one learner trained on all sets, which is `train_members([learner],
-[SetsSampler(...)], ...)`; the members' mean, `Ensemble`.
+Training (4.2, 4.4; mxml_stages.py) has two stages: members, each on its data set (`train_members`); then, members frozen with all their
+statistics, the network on tasks of classes that no member has seen, of data sets drawn uniformly (`train_weights` with a
+`sets.SetsSampler`). All data sets must have images of one shape. Baselines: each member; one learner trained on all sets, which is
+`train_members([learner], [SetsSampler(...)], ...)`; the members' mean, `Ensemble`.
 
 In the mixture members are in evaluation mode. A transductive mixture sees all queries at once, and so its accuracy depends on their number
 and balance; the inductive one judges every query alone, provided that members do (batch norm with running statistics).
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
-from typing import Any, Literal, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -36,22 +35,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smidgen.errors import UserError
-from smidgen.fewshot.episodes import Episode, accuracy
+from smidgen.fewshot.episodes import Episode
 from smidgen.fewshot.methods.prototypes import cross_entropy, full_precision, one_hot, real_nodes
-from smidgen.fit import FitConfig, FitResult, fit
-from smidgen.networks import Conv4
-from smidgen.run import Run
 
 SCALE = 10.0  # length of a member's features
 MOST = 100.0  # bound of a weight
 Form = Literal["authors", "invariant"]
 Normalise = Literal["none", "softmax", "sum", "product"]
 Episodes = Callable[[int], Episode]  # numbered batches of tasks: a Sampler, a SetsSampler
-
-MEMBERS = FitConfig(steps=10_000, learning_rate=1e-3, schedule="steps", decay=0.1, decay_every=7000, clip=None)
-"""Of stage one. The authors': Adam at 1e-3, a tenth of it after 70 % of the steps, 100 x images / 150; 10 ways, 15 queries a class."""
-WEIGHTS = replace(MEMBERS, learning_rate=1e-4)
-"""Of stage two. The authors': Adam at 1e-4, a tenth of it after 70 %, 10,000 steps, 10 ways, 3 queries a class."""
 
 
 @runtime_checkable
@@ -168,7 +159,7 @@ class MxML(nn.Module):
 
     def __init__(self, members: Iterable[Member], network: WeightNetwork, normalise: Normalise = "none") -> None:
         super().__init__()
-        self.members, self.network = _modules(members), network
+        self.members, self.network = listed(members), network
         self.normalise: Normalise = normalise
         self.train(self.training)
 
@@ -209,7 +200,7 @@ class Ensemble(nn.Module):
 
     def __init__(self, members: Iterable[Member]) -> None:
         super().__init__()
-        self.members = _modules(members)
+        self.members = listed(members)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "Ensemble":
@@ -286,108 +277,8 @@ def embedded(member: Member, episode: Episode) -> Episode:
     return episode.with_features(features[:, :support], features[:, support:])
 
 
-# --- building and training -------------------------------------------------------------------------------------------
-
-
-def conv4_mixture(
-    shape: tuple[int, int, int],
-    members: int,
-    ways: int | None,
-    width: int = 64,
-    form: Form = "authors",
-    transductive: bool = True,
-    normalise: Normalise = "none",
-) -> MxML:
-    """An untrained mixture of Conv-4 members, for images of `shape` (channels, height, width)."""
-    channels, height, breadth = shape
-    if min(height, breadth) < 16:
-        raise UserError(f"four poolings leave nothing of images of {height} x {breadth}; enlarge them to 16 x 16 at least")
-    learners = [NormalisedProtoNet(Conv4(channels, width)) for _ in range(members)]
-    return MxML(learners, WeightNetwork(width * (height // 16) * (breadth // 16), ways, form, transductive), normalise)
-
-
-def train_members(
-    members: Iterable[Member],
-    samplers: Sequence[Episodes],
-    config: FitConfig,
-    run: Run,
-    validation: Sequence[Episodes] = (),
-    episodes: int = 20,
-) -> FitResult:
-    """Stage one: every member on tasks of its own sampler, in place.
-
-    All in one training, whose loss is the sum of theirs: they share no parameters, so each becomes what it would alone (but for
-    `config.clip`, which measures the gradients of all together). With `validation`, one sampler per member, their loss and accuracy are
-    measured on `episodes` batches. Members are in evaluation mode afterwards.
-    """
-    modules = _modules(members)
-    if len(samplers) != len(modules) or len(validation) not in (0, len(modules)):
-        raise UserError(f"{len(modules)} members need as many samplers, got {len(samplers)}, and {len(validation)} for validation")
-    if len(set(modules)) < len(modules):
-        raise UserError("a member is listed twice; every data set needs a member of its own")
-    modules.train()
-
-    def evaluate(_: nn.Module) -> dict[str, Any]:
-        losses, rights = zip(*(_measured(m, v, episodes) for m, v in zip(modules, validation, strict=True)), strict=True)
-        return {"held_out": sum(losses) / len(losses), "member_losses": list(losses), "member_accuracies": list(rights)}
-
-    result = fit(
-        _Losses(modules),
-        lambda model, batch: model(batch),
-        lambda i: [sampler(i) for sampler in samplers],
-        config,
-        run,
-        evaluate=evaluate if validation else None,
-    )
-    modules.eval()
-    return result
-
-
-def train_weights(
-    mixture: MxML, sampler: Episodes, config: FitConfig, run: Run, validation: Episodes | None = None, episodes: int = 20
-) -> FitResult:
-    """Stage two: the network of the mixture, in place; members stay as they are to the bit.
-
-    `sampler` draws from classes that members have not seen. With `validation`, another such sampler, loss and accuracy are measured on
-    `episodes` batches.
-    """
-    mixture.train()
-
-    def evaluate(_: nn.Module) -> dict[str, Any]:
-        loss, right = _measured(mixture, validation, episodes) if validation else (0.0, 0.0)
-        return {"held_out": loss, "accuracy": right}
-
-    groups = [{"params": mixture.network.parameters()}]
-    model = _Losses(nn.ModuleList([mixture]))
-    result = fit(
-        model, lambda m, batch: m(batch), lambda i: [sampler(i)], config, run, groups=groups, evaluate=evaluate if validation else None
-    )
-    mixture.eval()
-    return result
-
-
-class _Losses(nn.Module):
-    """The sum of the methods' losses, each of its own episode; `fit` spreads over devices what is called, and methods are not."""
-
-    def __init__(self, methods: nn.ModuleList) -> None:
-        super().__init__()
-        self.methods = methods
-
-    def forward(self, episodes: Sequence[Episode]) -> Float[Tensor, ""]:
-        losses = [method.loss(episode) for method, episode in zip(self.methods, episodes, strict=True)]  # pyright: ignore
-        return torch.stack(losses).sum()
-
-
-@torch.no_grad()
-def _measured(method: Any, sampler: Episodes, episodes: int) -> tuple[float, float]:
-    """Mean loss and accuracy over the first batches of a sampler."""
-    batches = [sampler(i) for i in range(episodes)]
-    losses = [float(method.loss(batch)) for batch in batches]
-    rights = [float(accuracy(method.predict(batch), batch).mean()) for batch in batches]
-    return sum(losses) / episodes, sum(rights) / episodes
-
-
-def _modules(members: Iterable[Member]) -> nn.ModuleList:
+def listed(members: Iterable[Member]) -> nn.ModuleList:
+    """As modules; one at least."""
     modules = nn.ModuleList(members)  # pyright: ignore[reportArgumentType]  members are modules
     if not modules:
         raise UserError("a mixture needs at least one member")
