@@ -3,7 +3,9 @@
     duplicate    of pictures that are there several times under one label all but the surest; all that validation has too
     outlier      blank, or unlike all others
     relabel      P(the proposed class is right) >= RELABEL, and the judges, networks of another kind, prefer it too
-    drop         P(the label is wrong) >= DROP, and no class to put instead; at most as many of a class as are wrong in it, by the sum of P
+    drop         P(the label is wrong) >= DROP, and no class to put instead; not where two classes are plausible: the hidden-label model
+                 (noise.py) then finds the label right, and one other class has most of the chance. Hard pictures with right labels are
+                 worth more than wrong ones cost (dev/log.md). At most as many of a class as are wrong in it, by the sum of P
     keep         everything else, also where one score alone is bad
 
 `value` decides the drops, `clean` the lines above them; it may save with another label what `value` would drop.
@@ -30,6 +32,7 @@ Stage = Literal["value", "clean", "augment"]
 VALUES: Mapping[str, Method] = {"data-oob": DataOOB(), "knn-shapley": KNNShapley()}  # told, beside what decides
 STAGES: tuple[Stage, ...] = ("value", "clean", "augment")
 RELABEL, DROP = 0.8, 0.5
+VAGUE = 0.3  # chance of the likeliest other class below which the picture is of no class
 TRUSTED = 0.3  # P(wrong) below which an image is learnt from and copied
 SHOWN = 0.2  # P(wrong) from which a person should look at an image that is kept
 
@@ -51,6 +54,8 @@ class Judged:
     labels: Int[np.ndarray, "m"]
     wrong: Float[np.ndarray, "m"]
     "P(the label is wrong)."
+    hidden: Float[np.ndarray, "m"]
+    "The same by the hidden-label model."
     proposed: Int[np.ndarray, "m"]
     confidence: Float[np.ndarray, "m"]
     "P(the proposed class is right)."
@@ -87,6 +92,7 @@ def score(evidence: Evidence, squares: Tensor, cache: Cache) -> dict[str, Tensor
         scores = {**values, **found.scores, "outlier": outliers(evidence).score, "picture": quality.score()}
         return {f"score {name}": value.float() for name, value in scores.items()} | {
             "wrong": found.wrong,
+            "hidden": found.hidden,
             "proposed": found.proposed,
             "confidence": found.confidence,
             "share": torch.tensor(found.share),
@@ -96,7 +102,7 @@ def score(evidence: Evidence, squares: Tensor, cache: Cache) -> dict[str, Tensor
 
     assert evidence.groups is not None and evidence.probabilities is not None
     made_of = (evidence.x, evidence.y, evidence.groups, evidence.probabilities, squares, str(evidence.seed))
-    return cache.kept("scores", made_of, make)
+    return cache.kept("judged", made_of, make)
 
 
 def judged(rows: Int[np.ndarray, "m"], labels: Int[np.ndarray, "m"], scored: Mapping[str, Tensor], p: Float[Tensor, "m classes"]) -> Judged:
@@ -105,20 +111,9 @@ def judged(rows: Int[np.ndarray, "m"], labels: Int[np.ndarray, "m"], scored: Map
     index = np.arange(len(rows))
     agree = p.numpy()[index, arrays["proposed"]] > p.numpy()[index, labels]
     scores = {name.removeprefix("score "): value for name, value in arrays.items() if name.startswith("score ")}
-    wrong, proposed, confidence = (arrays[name] for name in ("wrong", "proposed", "confidence"))
-    return Judged(
-        rows,
-        labels,
-        wrong,
-        proposed,
-        confidence,
-        p.argmax(1).numpy(),
-        agree,
-        arrays["odd"],
-        arrays["blank"],
-        scores,
-        float(arrays["share"]),
-    )
+    wrong, hidden, proposed, confidence, odd, blank = (arrays[n] for n in ("wrong", "hidden", "proposed", "confidence", "odd", "blank"))
+    guess, share = p.argmax(1).numpy(), float(arrays["share"])
+    return Judged(rows, labels, wrong, hidden, proposed, confidence, guess, agree, odd, blank, scores, share)
 
 
 class Verdicts:
@@ -182,13 +177,23 @@ def surplus(twins: Twins, j: Judged, place: Mapping[int, int]) -> dict[int, int]
     return found
 
 
+def hopeless(wrong: Float[Tensor, "m"], hidden: Float[Tensor, "m"], confidence: Float[Tensor, "m"]) -> Bool[Tensor, "m"]:
+    """Images better left out, if nothing can be put instead: the label is probably wrong, and no choice between two classes explains that.
+
+    >>> hopeless(torch.tensor([0.6, 0.6, 0.6]), torch.tensor([0.7, 0.2, 0.2]), torch.tensor([0.5, 0.5, 0.1]))  # wrong; hard; no class
+    tensor([ True, False,  True])
+    """
+    return (wrong >= DROP) & ((hidden >= DROP) | (confidence < VAGUE * wrong))
+
+
 def droppable(j: Judged) -> list[int]:
     """Indices of probably wrong labels, the surest first; of a class at most as many as are wrong in it."""
+    bad = hopeless(*(torch.from_numpy(part) for part in (j.wrong, j.hidden, j.confidence))).numpy()
     chosen: list[int] = []
     for c in np.unique(j.labels):
         mine = np.flatnonzero(j.labels == c)
         order = mine[np.argsort(-j.wrong[mine], kind="stable")]
-        chosen += [int(i) for i in order[: round(float(j.wrong[mine].sum()))] if j.wrong[i] >= DROP]
+        chosen += [int(i) for i in order[: round(float(j.wrong[mine].sum()))] if bad[i]]
     return sorted(chosen, key=lambda i: -j.wrong[i])
 
 
