@@ -14,9 +14,9 @@ A row per set, method and seed.
             ranks its suspects first, then by self-confidence. Nothing of ours is chosen by the truth: the ensemble's weights are those
             that predict the given labels best
     clean   cifar10n: accuracy on 1,000 test images of one fixed linear head (decay 1e-4 for all) trained on the given labels, on what
-            `smidgen refine` keeps (value), with other labels besides (clean), and on what its gate lets through: a stage that does not
-            gain more than its standard error on held-out images under their given labels, five folds of a fifth each, is undone. For
-            comparison without all P(wrong) >= 0.5, and on all images weighed by 1 - P(wrong), which no folder can say
+            `smidgen refine` keeps (value), and on that if its gate lets it through: a stage that does not gain more than its standard error
+            on held-out images under their given labels, five folds of a fifth each, is undone. For comparison without all P(wrong) >= 0.5,
+            with proposals above 0.8 besides, no second network asked, and on all images weighed by 1 - P(wrong), which no folder can say
 """
 
 import argparse
@@ -33,7 +33,7 @@ from torch.nn.functional import one_hot
 
 from smidgen.backbones import open_backbone
 from smidgen.images import Images
-from smidgen.refine.decide import DROP, RELABEL, hopeless
+from smidgen.refine.decide import DROP, RELABEL
 from smidgen.refine.detectors import Ensemble, HiddenLabel, KernelQuality, WrongLabels
 from smidgen.refine.detectors.mislabeled import flagged, label_quality
 from smidgen.refine.evidence import Evidence
@@ -46,7 +46,7 @@ COLUMNS = ["set", "method", "seed", "average_precision", "images", "wrong", "acc
 LEVELS = ["aggregate", "random1", "random2", "random3", "worst"]
 DECAY = 1e-4  # of the fixed head: what folds choose under the given labels of most levels
 FOLDS = 5  # of the gate
-VALUE, CLEAN = "after value", "after value and clean"
+VALUE = "after value"
 
 
 def cifar10n(level: str, options: argparse.Namespace) -> tuple[Evidence, Tensor, tuple[Tensor, Tensor]]:
@@ -107,13 +107,14 @@ def ours(evidence: Evidence) -> Iterator[tuple[str, Tensor]]:
 Cleaned = tuple[Tensor, Tensor]  # label and weight of every image
 
 
-def stages(found: WrongLabels, y: Tensor) -> dict[str, Cleaned]:
-    """What each makes of the images: `smidgen refine`'s value, its value and clean, and what a folder cannot say."""
-    sure, kept = found.confidence >= RELABEL, ~hopeless(found.wrong, found.hidden, found.confidence)
+def cleanings(found: WrongLabels, y: Tensor) -> dict[str, Cleaned]:
+    """What each makes of the images; the first is that of `smidgen refine`."""
+    sure, suspicious = found.confidence >= RELABEL, found.wrong >= DROP
+    kept = ~(suspicious & (found.hidden >= DROP))
     return {
         VALUE: (y, kept.float()),
-        CLEAN: (torch.where(sure, found.proposed, y), (kept | sure).float()),
-        "without P(wrong) >= 0.5": (y, (found.wrong < DROP).float()),
+        "without P(wrong) >= 0.5": (y, (~suspicious).float()),
+        "after value, proposals above 0.8": (torch.where(sure, found.proposed, y), (kept | sure).float()),
         "weighed by 1 - P(wrong)": (y, 1 - found.wrong),
     }
 
@@ -125,34 +126,31 @@ def predicted(x: Tensor, cleaned: Cleaned, queries: Tensor) -> Tensor:
     return heads.probabilities(queries)[:, 0].argmax(1)
 
 
-def gated(evidence: Evidence) -> str | None:
-    """The stages that stay, by their name; none: the given labels stay."""
+def gated(evidence: Evidence) -> bool:
+    """Whether value stays."""
     x = evidence.components[:, :-1]  # of all images, which saves five decompositions; labels have no part in it
     fold = assigned(evidence.y, FOLDS, evidence.seed)
-    right: dict[str | None, Tensor] = {}
+    before, after = torch.zeros(1, len(fold)), torch.zeros(1, len(fold))
     for f in range(FOLDS):
         inside, held = fold != f, fold == f
         part = Evidence(x[inside], evidence.y[inside], evidence.classes, seed=evidence.seed)
         queries = Compression(part.x)(x[held])
-        for name, cleaned in {None: (part.y, torch.ones(len(part.y))), **stages(Ensemble()(part), part.y)}.items():
-            answers = right.setdefault(name, torch.zeros(1, len(fold)))
-            answers[0, held] = (predicted(part.components, cleaned, queries) == evidence.y[held]).float()
-    best = None
-    for name in (VALUE, CLEAN):
-        gain = compare(right[best], right[name])
-        print(f"gate: {name}: {gain.gain:+.4f}, standard error {gain.error:.4f}")
-        best = name if gain.helps else best
-    return best
+        given = part.y, torch.ones(len(part.y))
+        for right, cleaned in ((before, given), (after, cleanings(Ensemble()(part), part.y)[VALUE])):
+            right[0, held] = (predicted(part.components, cleaned, queries) == evidence.y[held]).float()
+    gain = compare(before, after)
+    print(f"gate: {gain.gain:+.4f}, standard error {gain.error:.4f}")
+    return gain.helps
 
 
 def accuracies(evidence: Evidence, found: WrongLabels, test: tuple[Tensor, Tensor]) -> Iterator[tuple[str, float]]:
     """Of the fixed head, before and after cleaning."""
     queries = Compression(evidence.x)(test[0])
-    every = {"on given labels": (evidence.y, torch.ones(len(evidence.y))), **stages(found, evidence.y)}
+    every = {"on given labels": (evidence.y, torch.ones(len(evidence.y))), **cleanings(found, evidence.y)}
     right = {name: float((predicted(evidence.components, cleaned, queries) == test[1]).double().mean()) for name, cleaned in every.items()}
     for name, share in right.items():
         yield f"head {name}", share
-    yield "head after the gate", right[gated(evidence) or "on given labels"]
+    yield "head after the gate", right[VALUE if gated(evidence) else "on given labels"]
 
 
 def rows(name: str, seed: int, options: argparse.Namespace) -> Iterator[dict]:

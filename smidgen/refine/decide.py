@@ -3,9 +3,9 @@
     duplicate    of pictures that are there several times under one label all but the surest; all that validation has too
     outlier      blank, or unlike all others
     relabel      P(the proposed class is right) >= RELABEL, and the judges, networks of another kind, prefer it too
-    drop         P(the label is wrong) >= DROP, and no class to put instead; not where two classes are plausible: the hidden-label model
-                 (noise.py) then finds the label right, and one other class has most of the chance. Hard pictures with right labels are
-                 worth more than wrong ones cost (dev/log.md). At most as many of a class as are wrong in it, by the sum of P
+    drop         P(the label is wrong) >= DROP, by the ensemble and by the hidden-label model, and no class to put instead; at most as many
+                 of a class as are wrong in it, by the sum of P. Where two classes are plausible the second finds the label right: hard
+                 pictures with right labels are worth more than wrong ones cost (dev/log.md)
     keep         everything else, also where one score alone is bad
 
 `value` decides the drops, `clean` the lines above them; it may save with another label what `value` would drop.
@@ -32,7 +32,6 @@ Stage = Literal["value", "clean", "augment"]
 VALUES: Mapping[str, Method] = {"data-oob": DataOOB(), "knn-shapley": KNNShapley()}  # told, beside what decides
 STAGES: tuple[Stage, ...] = ("value", "clean", "augment")
 RELABEL, DROP = 0.8, 0.5
-VAGUE = 0.3  # chance of the likeliest other class below which the picture is of no class
 TRUSTED = 0.3  # P(wrong) below which an image is learnt from and copied
 SHOWN = 0.2  # P(wrong) from which a person should look at an image that is kept
 
@@ -177,18 +176,9 @@ def surplus(twins: Twins, j: Judged, place: Mapping[int, int]) -> dict[int, int]
     return found
 
 
-def hopeless(wrong: Float[Tensor, "m"], hidden: Float[Tensor, "m"], confidence: Float[Tensor, "m"]) -> Bool[Tensor, "m"]:
-    """Images better left out, if nothing can be put instead: the label is probably wrong, and no choice between two classes explains that.
-
-    >>> hopeless(torch.tensor([0.6, 0.6, 0.6]), torch.tensor([0.7, 0.2, 0.2]), torch.tensor([0.5, 0.5, 0.1]))  # wrong; hard; no class
-    tensor([ True, False,  True])
-    """
-    return (wrong >= DROP) & ((hidden >= DROP) | (confidence < VAGUE * wrong))
-
-
 def droppable(j: Judged) -> list[int]:
     """Indices of probably wrong labels, the surest first; of a class at most as many as are wrong in it."""
-    bad = hopeless(*(torch.from_numpy(part) for part in (j.wrong, j.hidden, j.confidence))).numpy()
+    bad = (j.wrong >= DROP) & (j.hidden >= DROP)
     chosen: list[int] = []
     for c in np.unique(j.labels):
         mine = np.flatnonzero(j.labels == c)

@@ -14,8 +14,8 @@ predict them. s_i = -logit p_i,y_i is how surprising a label is, and
 a is that of a logistic regression that tells labels we flipped from the others, b the best at telling what they were before; c is such that
 the mean of P is the share of wrong labels that the confident joint of p estimates (mislabeled.py). No true label is needed, or used.
 
-That joint counts what models alone confuse among the wrong labels. The hidden-label model (noise.py) on the same p and joint does not: it
-puts a surprising label down to the picture's ambiguity where that explains it. It ranks worse, but who drops should ask it too.
+That joint counts what models alone confuse among the wrong labels. The hidden-label model (noise.py) on the same p and joint does not: a
+surprising label is right where the picture's ambiguity explains it better than the noise. It ranks worse, but who drops should ask it too.
 
 Weights from planted errors were tried and left: a detector looks good at finding the errors one thinks of planting, and people make others
 (dev/log.md). Planted errors set a and b alone, which change no ranking.
@@ -31,7 +31,7 @@ from torch import Tensor
 
 from smidgen.errors import UserError
 from smidgen.refine.detectors.mislabeled import confident_joint, flipping
-from smidgen.refine.detectors.noise import explained
+from smidgen.refine.detectors.noise import explained, undone
 from smidgen.refine.detectors.votes import Votes
 from smidgen.refine.evidence import Evidence
 
@@ -79,7 +79,8 @@ class Ensemble:
         surprise = surprises(p, y)
         joint = confident_joint(p, y)
         share = float(1 - joint.trace() / joint.sum())
-        hidden = 1 - own(explained(p, y, flipping(joint)), y)
+        flips = flipping(joint)
+        hidden = 1 - own(explained(undone(p, flips), y, flips), y)
         slope, power = self.calibration(evidence, weights)
         wrong = with_mean(slope * surprise, share)
         chance, proposed = alternatives(p, y, power).max(1)
