@@ -3,7 +3,9 @@
     duplicate    of pictures that are there several times under one label all but the surest; all that validation has too
     outlier      blank, or unlike all others
     relabel      P(the proposed class is right) >= RELABEL, and the judges, networks of another kind, prefer it too
-    drop         P(the label is wrong) >= DROP, and no class to put instead; at most as many of a class as are wrong in it, by the sum of P
+    drop         P(the label is wrong) >= DROP, by the ensemble and by the hidden-label model, and no class to put instead; at most as many
+                 of a class as are wrong in it, by the sum of P. Where two classes are plausible the second finds the label right: hard
+                 pictures with right labels are worth more than wrong ones cost (dev/log.md)
     keep         everything else, also where one score alone is bad
 
 `value` decides the drops, `clean` the lines above them; it may save with another label what `value` would drop.
@@ -51,6 +53,8 @@ class Judged:
     labels: Int[np.ndarray, "m"]
     wrong: Float[np.ndarray, "m"]
     "P(the label is wrong)."
+    hidden: Float[np.ndarray, "m"]
+    "The same by the hidden-label model."
     proposed: Int[np.ndarray, "m"]
     confidence: Float[np.ndarray, "m"]
     "P(the proposed class is right)."
@@ -87,6 +91,7 @@ def score(evidence: Evidence, squares: Tensor, cache: Cache) -> dict[str, Tensor
         scores = {**values, **found.scores, "outlier": outliers(evidence).score, "picture": quality.score()}
         return {f"score {name}": value.float() for name, value in scores.items()} | {
             "wrong": found.wrong,
+            "hidden": found.hidden,
             "proposed": found.proposed,
             "confidence": found.confidence,
             "share": torch.tensor(found.share),
@@ -96,7 +101,7 @@ def score(evidence: Evidence, squares: Tensor, cache: Cache) -> dict[str, Tensor
 
     assert evidence.groups is not None and evidence.probabilities is not None
     made_of = (evidence.x, evidence.y, evidence.groups, evidence.probabilities, squares, str(evidence.seed))
-    return cache.kept("scores", made_of, make)
+    return cache.kept("judged", made_of, make)
 
 
 def judged(rows: Int[np.ndarray, "m"], labels: Int[np.ndarray, "m"], scored: Mapping[str, Tensor], p: Float[Tensor, "m classes"]) -> Judged:
@@ -105,20 +110,9 @@ def judged(rows: Int[np.ndarray, "m"], labels: Int[np.ndarray, "m"], scored: Map
     index = np.arange(len(rows))
     agree = p.numpy()[index, arrays["proposed"]] > p.numpy()[index, labels]
     scores = {name.removeprefix("score "): value for name, value in arrays.items() if name.startswith("score ")}
-    wrong, proposed, confidence = (arrays[name] for name in ("wrong", "proposed", "confidence"))
-    return Judged(
-        rows,
-        labels,
-        wrong,
-        proposed,
-        confidence,
-        p.argmax(1).numpy(),
-        agree,
-        arrays["odd"],
-        arrays["blank"],
-        scores,
-        float(arrays["share"]),
-    )
+    wrong, hidden, proposed, confidence, odd, blank = (arrays[n] for n in ("wrong", "hidden", "proposed", "confidence", "odd", "blank"))
+    guess, share = p.argmax(1).numpy(), float(arrays["share"])
+    return Judged(rows, labels, wrong, hidden, proposed, confidence, guess, agree, odd, blank, scores, share)
 
 
 class Verdicts:
@@ -184,11 +178,12 @@ def surplus(twins: Twins, j: Judged, place: Mapping[int, int]) -> dict[int, int]
 
 def droppable(j: Judged) -> list[int]:
     """Indices of probably wrong labels, the surest first; of a class at most as many as are wrong in it."""
+    bad = (j.wrong >= DROP) & (j.hidden >= DROP)
     chosen: list[int] = []
     for c in np.unique(j.labels):
         mine = np.flatnonzero(j.labels == c)
         order = mine[np.argsort(-j.wrong[mine], kind="stable")]
-        chosen += [int(i) for i in order[: round(float(j.wrong[mine].sum()))] if j.wrong[i] >= DROP]
+        chosen += [int(i) for i in order[: round(float(j.wrong[mine].sum()))] if bad[i]]
     return sorted(chosen, key=lambda i: -j.wrong[i])
 
 

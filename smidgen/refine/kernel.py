@@ -20,10 +20,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from smidgen.errors import UserError
+
 LANDMARKS = 1500
 RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # tried
 SCALES = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)  # tried
-JITTER = 1e-6  # on the landmarks' kernel, which duplicates make singular
+JITTERS = (1e-6, 1e-5, 1e-4, 1e-3)  # on the landmarks' kernel, which duplicates make singular; the least that does
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,7 @@ class KernelMachine:
         chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:LANDMARKS].sort().values.to(x.device)
         squared = torch.cdist(x, x[chosen]).square_()
         kernel = torch.exp(-squared / squared[chosen].median().clamp(min=1e-6))
-        corner = kernel[chosen].double()
-        corner.diagonal().add_(JITTER)
-        phi = torch.linalg.solve_triangular(torch.linalg.cholesky(corner).to(x.dtype), kernel.mT, upper=False)  # (m, n)
+        phi = torch.linalg.solve_triangular(_factor(kernel[chosen].double()).to(x.dtype), kernel.mT, upper=False)  # (m, n)
         values, vectors = torch.linalg.eigh(phi @ phi.mT)
         self.values = values.clamp(min=0)
         self.p = phi.mT @ vectors
@@ -73,6 +73,15 @@ class KernelMachine:
     def probabilities(self, targets: Float[Tensor, "n classes"], fit: Fit) -> Float[Tensor, "n classes"]:
         """Of every image, by the machine trained without it."""
         return (fit.scale * self.without(targets, fit.ridge)).softmax(1)
+
+
+def _factor(corner: Float[Tensor, "m m"]) -> Float[Tensor, "m m"]:
+    """Cholesky's; distances were rounded, so that of images almost alike the kernel is not quite positive."""
+    for jitter in JITTERS:
+        lower, failed = torch.linalg.cholesky_ex(corner + jitter * torch.eye(len(corner), dtype=corner.dtype, device=corner.device))
+        if not bool(failed):
+            return lower
+    raise UserError("the features of many images are almost the same, so that they say nothing; choose another --embed")
 
 
 def _shared(groups: Int[Tensor, "n"]) -> list[Int[Tensor, "_"]]:

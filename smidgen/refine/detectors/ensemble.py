@@ -14,6 +14,9 @@ predict them. s_i = -logit p_i,y_i is how surprising a label is, and
 a is that of a logistic regression that tells labels we flipped from the others, b the best at telling what they were before; c is such that
 the mean of P is the share of wrong labels that the confident joint of p estimates (mislabeled.py). No true label is needed, or used.
 
+That joint counts what models alone confuse among the wrong labels. The hidden-label model (noise.py) on the same p and joint does not: a
+surprising label is right where the picture's ambiguity explains it better than the noise. It ranks worse, but who drops should ask it too.
+
 Weights from planted errors were tried and left: a detector looks good at finding the errors one thinks of planting, and people make others
 (dev/log.md). Planted errors set a and b alone, which change no ranking.
 """
@@ -27,7 +30,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from smidgen.errors import UserError
-from smidgen.refine.detectors.mislabeled import confident_joint
+from smidgen.refine.detectors.mislabeled import confident_joint, flipping
+from smidgen.refine.detectors.noise import explained, undone
 from smidgen.refine.detectors.votes import Votes
 from smidgen.refine.evidence import Evidence
 
@@ -43,6 +47,8 @@ class WrongLabels:
 
     wrong: Float[Tensor, "n"] = field(repr=False)
     "Probability that the given label is wrong."
+    hidden: Float[Tensor, "n"] = field(repr=False)
+    "The same by the hidden-label model."
     proposed: Int[Tensor, "n"] = field(repr=False)
     "The likeliest other class."
     confidence: Float[Tensor, "n"] = field(repr=False)
@@ -73,14 +79,15 @@ class Ensemble:
         surprise = surprises(p, y)
         joint = confident_joint(p, y)
         share = float(1 - joint.trace() / joint.sum())
+        flips = flipping(joint)
+        hidden = 1 - own(explained(undone(p, flips), y, flips), y)
         slope, power = self.calibration(evidence, weights)
         wrong = with_mean(slope * surprise, share)
         chance, proposed = alternatives(p, y, power).max(1)
         scores = {name: own(q, y).to(evidence.x.dtype) for name, q in named.items()} | {"wrong-label": (1 - wrong).to(evidence.x.dtype)}
         named_weights = dict(zip(named, weights.tolist(), strict=True))
-        return WrongLabels(
-            wrong.to(evidence.x.dtype), proposed, (chance * wrong).to(evidence.x.dtype), scores, named_weights, share
-        )  # fmt: skip
+        wrong, hidden, confidence = (v.to(evidence.x.dtype) for v in (wrong, hidden, chance * wrong))
+        return WrongLabels(wrong, hidden, proposed, confidence, scores, named_weights, share)
 
     def calibration(self, evidence: Evidence, weights: Float[Tensor, "m"]) -> tuple[float, float]:
         """a and b: how fast planted labels outnumber others as labels surprise more, and how sharply p tells what they were."""

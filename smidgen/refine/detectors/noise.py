@@ -65,6 +65,16 @@ def explained(p: Float[Tensor, "n classes"], y: Int[Tensor, "n"], t: Float[Tenso
     return joint / joint.sum(1, keepdim=True).clamp(min=torch.finfo(p.dtype).tiny)
 
 
+def undone(p: Float[Tensor, "n classes"], t: Float[Tensor, "classes classes"]) -> Float[Tensor, "n classes"]:
+    """Probabilities of the true label from those of the given one: T^-1 p, none below PRIOR.
+
+    >>> undone(torch.tensor([[0.7, 0.3]]), torch.tensor([[0.9, 0.5], [0.1, 0.5]]))
+    tensor([[0.5000, 0.5000]])
+    """
+    true = (p @ torch.linalg.pinv(t).mT).clamp(min=PRIOR)
+    return true / true.sum(1, keepdim=True)
+
+
 def confusions(q: Float[Tensor, "n classes"], y: Int[Tensor, "n"]) -> Float[Tensor, "classes classes"]:
     """The M step of T: P(given i | true j), columns summing to 1."""
     return flipping(q.new_zeros(q.shape[1], q.shape[1]).index_add_(0, y, q))
