@@ -32,7 +32,7 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from smidgen.errors import UserError
-from smidgen.precision import forward_precision
+from smidgen.precision import chosen_precision
 from smidgen.run import PARTIAL, Run
 
 CHECKPOINT = "checkpoint.pt"
@@ -186,8 +186,7 @@ class _Fit:
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.accelerator = _accelerator(device)
         self.wrapped = self.accelerator.prepare(model)
-        auto = config.precision == "auto"
-        self.precision = forward_precision(device) if auto else {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.precision]
+        self.precision = chosen_precision(config.precision, device)
         self.result = FitResult()
         self.best: dict[str, Any] = {"held_out": math.inf, "step": 0, "stale": 0, "state": {}}
         if config.resume is not None:

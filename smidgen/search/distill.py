@@ -90,6 +90,8 @@ class Config:
         method = self.method
         if not (method.temperature > 0 and min(method.alignment, method.list_kl, method.labels) >= 0):
             raise UserError("--method: temperature must be positive, alignment, list-kl and labels not negative")
+        if not 0 <= method.texts <= 1:
+            raise UserError(f"--method.texts is a share, 0 to 1, got {method.texts}")
         if self.layers == "static" and self.bits != 8:
             raise UserError("--bits 32 is for networks; a static table is written in 8 bits")
 
@@ -195,7 +197,8 @@ def distilled(config: Config, run: Run) -> Distilled:
             steps=config.steps, learning_rate=config.rate(), warmup=int(WARMUP * config.steps), precision=config.precision, seed=config.seed
         )
         loss = objective(config.method, taught.teacher, bank, basis)
-        fit(model, loss, batches(smaller, taught.teacher, material, taught.features, config.batch, config.seed), fitting, run)
+        drawn = batches(smaller, taught.teacher, material, taught.features, config.batch, config.seed, config.method.texts)
+        fit(model, loss, drawn, fitting, run)
     return Distilled(taught, smaller, replace(smaller, model=model), bank, basis)
 
 
