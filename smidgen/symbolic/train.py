@@ -235,7 +235,8 @@ def train(model: nn.Module, task: Task, questions: Batch, held_out: Batch, confi
 
     def measure(training: nn.Module) -> dict[str, Any]:
         assert isinstance(training, Training)
-        with torch.compiler.set_stance("force_eager"):  # other sizes than in training, each of which would be compiled
+        # other sizes than in training would each be compiled; the compiler takes seconds to import
+        with torch.compiler.set_stance("force_eager") if config.compile else nullcontext():
             return figures(training.model, held_out, crisp=config.sharpen > 0)
 
     if config.compile and isinstance(model, GridModel):
