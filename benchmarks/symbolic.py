@@ -38,7 +38,8 @@ from torch import nn
 from smidgen.run import Run
 from smidgen.symbolic.card import Card
 from smidgen.symbolic.grid_model import GridModel
-from smidgen.symbolic.models import make, predict, right, sizes_of
+from smidgen.symbolic.models import make, sizes_of
+from smidgen.symbolic.predict import predict, right
 from smidgen.symbolic.seq2grid import hard_layouts
 from smidgen.symbolic.settle import outcomes, settle
 from smidgen.symbolic.tasks import Batch, Task, open_task

@@ -15,21 +15,10 @@ from smidgen.fit import CHECKPOINT
 from smidgen.run import Run
 from smidgen.symbolic.decoders import to_slots
 from smidgen.symbolic.grid_model import GridModel
-from smidgen.symbolic.models import (
-    MODELS,
-    TRAINED,
-    Answers,
-    Description,
-    Sizes,
-    describe,
-    load,
-    make,
-    predict,
-    right,
-    save,
-    sizes_of,
-)
+from smidgen.symbolic.models import MODELS, Sizes, make, sizes_of
 from smidgen.symbolic.pool import Pool, Training
+from smidgen.symbolic.predict import Answers, predict, right
+from smidgen.symbolic.stored import TRAINED, Description, describe, load, save
 from smidgen.symbolic.tasks import Batch, open_task
 from smidgen.symbolic.train import Config, certainty, drawn, figures, main, validation
 

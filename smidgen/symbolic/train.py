@@ -25,11 +25,13 @@ from smidgen.fit import CHECKPOINT, FitConfig, FitResult, fit, is_first_process,
 from smidgen.precision import chosen_precision, pick_device
 from smidgen.run import Run
 from smidgen.symbolic.grid_model import GridModel
-from smidgen.symbolic.models import TRAINED, Description, make, predict, right, save, sizes_of
+from smidgen.symbolic.models import make, sizes_of
 from smidgen.symbolic.networks import Blocks
 from smidgen.symbolic.pool import Pool, Training
+from smidgen.symbolic.predict import predict, right
 from smidgen.symbolic.seq2grid import hard_layouts
 from smidgen.symbolic.settle import CARD, settle
+from smidgen.symbolic.stored import TRAINED, Description, save
 from smidgen.symbolic.tasks import Batch, Task, open_task
 
 EVALUATIONS = 20  # of a training, where their interval is not given
