@@ -13,6 +13,8 @@
     leave-out   five teachers, each without the queries of a fifth of the features, measured on the development queries of that fifth,
                 beside the teacher that had them ("all features"), at the teacher's lift and at others; and the queries of the other four
                 fifths, which pay for a lift
+    unasked     the same of the untrained encoder, in the index alone: with a feature's own texts, and with the examples to be expected
+                of it beside them (smidgen/search/expected.py)
     ablations   the teacher without one of its parts
     times       of written students: p50 and p95 of warm queries on one thread, and the cold start
 
@@ -37,7 +39,7 @@ from rows import append, provenance, settings
 from smidgen.run import Run
 from smidgen.search import baselines, distill, evaluate, teacher
 from smidgen.search.bert import MINILM, Encoder, find, load, save
-from smidgen.search.contrastive import Contrastive
+from smidgen.search.contrastive import Contrastive, labels
 from smidgen.search.encoder import whole_words
 from smidgen.search.features import FEATURES, Feature, Query, read_features, read_queries, write_features, write_queries
 from smidgen.search.folder import sizes
@@ -269,7 +271,33 @@ def leave_out(bench: Bench, seed: int) -> Iterator[dict]:
     for (by, lift), rows in left.items():
         yield {"system": f"left out, {by}, lift {lift:g}{' (chosen)' if lift == chosen else ''}"} | answerable(bench, rows)
     for lift, figures in others.items():
-        yield {"system": f"not left out, lift {lift:g}"} | {k: round(float(np.mean([f[k] for f in figures])), 4) for k in figures[0]}
+        yield {"system": f"not left out, lift {lift:g}"} | means(figures)
+
+
+def unasked(bench: Bench, seed: int) -> Iterator[dict]:
+    """What features without examples are compared by, nothing else changed."""
+    start = bench.start()
+    asked = start.encode(bench.texts)
+    folds = np.array([fold_of(bench, query, seed) for query in bench.dev])
+    left: dict[tuple[str, float], np.ndarray] = defaultdict(lambda: np.zeros((len(bench.dev), len(bench.features))))
+    others: dict[tuple[str, float], list[dict]] = defaultdict(list)
+    for fold in range(teacher.FOLDS):
+        kept, _ = teacher.split(bench.features, bench.queries, (), fold, seed)
+        silent = ~labels(kept, bench.features, start.device)[0].any(0)[:, None, None]
+        bank = sides(start, bench.features, kept, lift=1.0)
+        for name, guess in (("own texts", torch.where(silent, bank[:, :1], bank)), ("expected examples", bank)):
+            for lift in teacher.LIFTS:
+                scores = relevance(asked, torch.where(silent, lift * guess, guess)).cpu().numpy()
+                left[name, lift][folds == fold] = scores[folds == fold]
+                others[name, lift].append(answerable(bench, scores, (folds != fold) & (folds >= 0)))
+    for (name, lift), rows in left.items():
+        yield {"system": f"{name}, lift {lift:g}, left out"} | answerable(bench, rows)
+        yield {"system": f"{name}, lift {lift:g}, others"} | means(others[name, lift])
+
+
+def means(rows: list[dict]) -> dict:
+    """Of every figure."""
+    return {name: round(float(np.mean([row[name] for row in rows])), 4) for name in rows[0]}
 
 
 def fold_of(bench: Bench, query: Query, seed: int) -> int:
@@ -299,7 +327,8 @@ def ablations(bench: Bench, seed: int) -> Iterator[dict]:
 
 
 TABLES = {
-    "baselines": rankings, "teacher": teachers, "students": students, "leave-out": leave_out, "ablations": ablations, "times": times,
+    "baselines": rankings, "teacher": teachers, "students": students, "leave-out": leave_out, "unasked": unasked, "ablations": ablations,
+    "times": times,
 }  # fmt: skip
 
 
