@@ -157,7 +157,7 @@ def unquantized(method: str, setting: str, seed: int, options: argparse.Namespac
     """The float model, or what training it on the same windows makes of it."""
     steps = named(method)[1].get("steps", 0)
     device, source = pick_device("auto"), Checkpoint.open(options.model)
-    model, tokenizer = source.model(torch.float32, device), source.tokenizer()
+    model, tokenizer = qat.exact(source, device), source.tokenizer()
     tokens = windows(text(options, options.calibration), tokenizer, options.length, options.sequences, seed)
     learnt, held_out = qat.split(tokens, integers.HELD_OUT)
     texts = {t: windows(t, tokenizer, options.length, options.windows) for t in (text(options, t) for t in TEXTS)}
@@ -165,8 +165,8 @@ def unquantized(method: str, setting: str, seed: int, options: argparse.Namespac
     fit = FitConfig(steps=steps, learning_rate=rate, precision="float32", evaluate_every=every, patience=integers.EVALUATIONS, seed=seed)
     with tempfile.TemporaryDirectory(dir=scratch) as folder, Run("float", fit, Path(folder) / "run") as run:
         if not steps:
-            return {"perplexity": {name: perplexity(model, t, run, name, EXACT) for name, t in texts.items()}}
-        groups, measure = qat.weight_groups(model, {}), qat.measuring(held_out, texts)
+            return {"perplexity": {name: perplexity(model, t, run, name, EXACT, recorded=True) for name, t in texts.items()}}
+        groups, measure = qat.weight_groups(model, {}), qat.measuring(model, held_out, texts)
         return qat.outcome(qat.train(model, groups, learnt, fit, run, options.batch, evaluate=measure))
 
 

@@ -32,7 +32,7 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from smidgen.errors import UserError
-from smidgen.precision import chosen_precision
+from smidgen.precision import forward_precision
 from smidgen.run import PARTIAL, Run
 
 CHECKPOINT = "checkpoint.pt"
@@ -114,6 +114,12 @@ class FitConfig:
         """Updates between evaluations."""
         return max(1, self.steps // EVALUATIONS) if self.evaluate_every is None else self.evaluate_every
 
+    def products(self, device: torch.device) -> torch.dtype:
+        """The type of matrix products there."""
+        if self.precision == "auto":
+            return forward_precision(device)
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.precision]
+
     def alone(self, **changes: Any) -> "FitConfig":
         """These options, some of them changed, without those that a command has besides."""
         return FitConfig(**{field.name: vars(self)[field.name] for field in fields(FitConfig)} | changes)
@@ -186,7 +192,7 @@ class _Fit:
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.accelerator = _accelerator(device)
         self.wrapped = self.accelerator.prepare(model)
-        self.precision = chosen_precision(config.precision, device)
+        self.precision = config.products(device)
         self.result = FitResult()
         self.best: dict[str, Any] = {"held_out": math.inf, "step": 0, "stale": 0, "state": {}}
         if config.resume is not None:

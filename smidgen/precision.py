@@ -1,7 +1,5 @@
 """Where to compute, and the type that device multiplies fastest without losing what matters."""
 
-from typing import Literal
-
 import torch
 
 from smidgen.errors import UserError
@@ -13,11 +11,6 @@ def forward_precision(device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native else torch.float32
-
-
-def chosen_precision(name: Literal["auto", "float32", "bfloat16"], device: torch.device) -> torch.dtype:
-    """What an option asks for."""
-    return forward_precision(device) if name == "auto" else {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
 def pick_device(name: str) -> torch.device:

@@ -297,7 +297,7 @@ def test_ones_are_plain_fake_quantization_to_the_bit():
     scale = (high - low) / 255
     by_hand = fake_quantize(x, scale, (-low / scale).round(), 255)
     step = w.abs().amax(1, keepdim=True) / 127
-    assert torch.equal(block.forward(0), by_hand @ (step * (w / step).round().clamp(-127, 127)).T)
+    assert torch.equal(block.forward(block.block.hidden[0]), by_hand @ (step * (w / step).round().clamp(-127, 127)).T)
 
 
 @torch.no_grad()
@@ -310,7 +310,7 @@ def test_doubling_all_factors_changes_no_bit():
     outputs = []
     for k in (1.0, 2.0):
         quant.factors = lambda k=k: k * factors
-        outputs.append(block.forward(0))
+        outputs.append(block.forward(block.block.hidden[0]))
     assert torch.equal(*outputs)
 
 
@@ -351,7 +351,7 @@ def test_factors_gradient_is_the_closed_form():
     generator = torch.Generator().manual_seed(0)
     a = 0.2 * torch.randn(24, generator=generator)
     site.a.data = a
-    out = block.forward(0)[0]
+    out = block.forward(block.block.hidden[0])[0]
     g = torch.randn(out.shape, generator=generator, dtype=torch.float64)
     (out * g).sum().backward()
 

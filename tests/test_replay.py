@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from smidgen.grid import Grid
+from smidgen.quant.replay import replayed
 from smidgen.quant.solvers import AESPA, BOA, GPTQ
-from smidgen.quant.solvers.replay import replayed
 from smidgen.quant.stats import Stats
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -249,7 +249,7 @@ def test_one_graph_trains_as_its_kernels_do(trained):
         ({"model": "lstm", "option": {}, "sharpen": 0.1}, "--sharpen is for models that learn actions, not for lstm"),
         ({"option": {"guided": True}, "sharpen": 0.1}, "not for s2g-cnn with guidance"),
         ({"model": "lstm", "option": {}, "compile": True}, "--compile is for s2g models, not for lstm"),
-        ({"graph": True}, "--graph needs a CUDA device"),
+        ({"graph": True}, "--graph needs one CUDA device"),
         ({"graph": True, "compile": True}, "--graph and --compile exclude each other"),
         ({"graph": True, "accumulation": 2}, "--graph keeps one gradient"),
         ({"model": "lstm", "option": {}, "graph": True}, "--graph is for s2g-cnn and s2g-acnn, not for lstm"),

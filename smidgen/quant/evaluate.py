@@ -6,14 +6,14 @@ of L tokens predicts L - 1), exponentiated.
 
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from cyclopts import Parameter
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -21,6 +21,7 @@ from smidgen.errors import UserError
 from smidgen.precision import forward_precision, pick_device
 from smidgen.quant.checkpoint import Checkpoint
 from smidgen.quant.load import load_artifact
+from smidgen.quant.replay import replayed
 from smidgen.run import Run
 from smidgen.texts import windows
 
@@ -70,32 +71,61 @@ def main(config: Config, run: Run) -> dict[str, Any]:
 
 
 def perplexity(
-    model: PreTrainedModel, tokens: Int[Tensor, "windows length"], run: Run, label: str, precision: torch.dtype | None = None
+    model: PreTrainedModel,
+    tokens: Int[Tensor, "windows length"],
+    run: Run,
+    label: str,
+    precision: torch.dtype | None = None,
+    recorded: bool = False,
 ) -> float:
-    """exp of the mean negative log-likelihood of every token but the first of each window."""
-    mean = mean_loss(model, run.track(tokens, f"perplexity on {label}", len(tokens)), precision)
-    if not math.isfinite(mean):
+    """exp of the mean negative log-likelihood of every token but the first of each window; of the options, see `mean_loss`."""
+    lost = mean_loss(model, run.track(tokens, f"perplexity on {label}", len(tokens)), precision, recorded)
+    if not math.isfinite(lost):
         raise UserError(f"perplexity on {label} is not finite: the model's weights or its type cannot represent its activations")
-    return exponential(mean)
+    return exponential(lost)
 
 
 @torch.inference_mode()
-def mean_loss(model: PreTrainedModel, tokens: Iterable[Int[Tensor, "length"]], precision: torch.dtype | None = None) -> float:
-    """Mean negative log-likelihood, in nats, of every token but the first of each window; products by default in the fast type."""
+def mean_loss(
+    model: PreTrainedModel, tokens: Iterable[Int[Tensor, "length"]], precision: torch.dtype | None = None, recorded: bool = False
+) -> float:
+    """Mean negative log-likelihood, in nats, of every token but the first of each window; of the options, see `window_loss`."""
+    return mean(window_loss(model, precision, recorded), tokens)
+
+
+WindowLoss = Callable[[Int[Tensor, "length"]], Float[Tensor, ""]]
+
+
+def window_loss(model: PreTrainedModel, precision: torch.dtype | None = None, recorded: bool = False) -> WindowLoss:
+    """The sum over a window's tokens but the first; products by default in the fast type.
+
+    `recorded`: on a CUDA device as a graph, which a model of many small kernels (simulate.py) needs to be fast.
+    """
     device = next(model.parameters()).device
     precision = precision or forward_precision(device)
+
+    def summed(window: Int[Tensor, "length"]) -> Float[Tensor, ""]:
+        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            logits = model(window[None], use_cache=False).logits[0, :-1]
+        return torch.nn.functional.cross_entropy(logits.float(), window[1:], reduction="sum")
+
+    loss = replayed(summed) if recorded else summed
+    return lambda window: loss(window.to(device))
+
+
+@torch.inference_mode()
+def mean(loss: WindowLoss, tokens: Iterable[Int[Tensor, "length"]]) -> float:
+    """Over all predicted tokens, in nats."""
     total, count = 0.0, 0
     for window in tokens:
-        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-            logits = model(window[None].to(device), use_cache=False).logits[0, :-1]
-        total += torch.nn.functional.cross_entropy(logits.float(), window[1:].to(device), reduction="sum").item()
+        total += float(loss(window))
         count += len(window) - 1
     return total / count
 
 
-def exponential(mean: float) -> float:
+def exponential(lost: float) -> float:
     """exp, infinite where a float cannot hold it."""
-    return math.exp(mean) if mean < math.log(sys.float_info.max) else math.inf
+    return math.exp(lost) if lost < math.log(sys.float_info.max) else math.inf
 
 
 @torch.inference_mode()

@@ -34,7 +34,7 @@ from smidgen.quant.evaluate import mean_loss, perplexity
 from smidgen.quant.export.onnx import FAMILIES
 from smidgen.quant.export.onnx_graph import library
 from smidgen.quant.memory import peak_bytes, reset_peak
-from smidgen.quant.qat import EXACT, log_reaches, measuring, split, train
+from smidgen.quant.qat import EXACT, exact, log_reaches, measuring, split, train
 from smidgen.quant.simulate import Activation, QuantLinear, Scheme, install, restore
 from smidgen.quant.solve import Grids, quantize
 from smidgen.quant.solvers import BOA, GPTQ, AdaRound
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 METHODS = ("min-max", "mse", "clip", "smoothquant", "equalize", "quadapter")
 HELD_OUT = 0.125  # of the calibration sequences: to choose and to stop by
-EVALUATIONS = 10  # of phase 2
+EVALUATIONS = 5  # of phase 2
 HIGH_PRECISION = "embeddings and head (float16 in the artifact), norms, biases, attention scores and softmax (float32)"
 
 
@@ -69,8 +69,8 @@ def main(config: "Config", run: Run) -> dict[str, Any]:
     reset_peak(device)
     started = time.monotonic()
     factors = start_of(config).factors(source, learnt, scheme_of(config), run, device, config.factors)
-    model = source.model(torch.float32, device)
-    perplexity_float = {text: perplexity(model, t, run, f"{text} before", EXACT) for text, t in texts.items()}
+    model = exact(source, device)
+    perplexity_float = {text: perplexity(model, t, run, f"{text} before", EXACT, recorded=True) for text, t in texts.items()}
     teacher = copy.deepcopy(model) if config.finetune_share else None
     layers = start_of(config).simulated(model, learnt, scheme_of(config), factors)
     before = clipping(model, layers, held_out)
@@ -81,8 +81,8 @@ def main(config: "Config", run: Run) -> dict[str, Any]:
         rounded(config, model, layers, learnt, source.name, run)
     seconds, peak = time.monotonic() - started, peak_bytes(device)
 
-    simulated = {text: perplexity(model, t, run, f"{text} simulated", EXACT) for text, t in texts.items()}
-    lost = mean_loss(model, held_out, EXACT)
+    simulated = {text: perplexity(model, t, run, f"{text} simulated", EXACT, recorded=True) for text, t in texts.items()}
+    lost = mean_loss(model, held_out, EXACT, recorded=True)
     folder = written(source, model, layers, run) if exports else None
     after = simulated if folder is None else {text: in_runtime(folder, t, run, text) for text, t in texts.items()}
     metrics = run.finish(
@@ -201,7 +201,7 @@ def finetuned(
         seed=config.seed,
     )
     groups, batch = finetune(model, layers, config.finetune_rate), min(config.finetune_batch, len(learnt))
-    result = train(model, groups, learnt, fit, run, batch, teacher, config.finetune_share, measuring(held_out, texts))
+    result = train(model, groups, learnt, fit, run, batch, teacher, config.finetune_share, measuring(model, held_out, texts))
     centre(layers)
     return result.kept
 

@@ -21,6 +21,7 @@ quantization does, so part of it is held out to stop by, and perplexity is follo
 
 import copy
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import KW_ONLY, asdict, dataclass, replace
@@ -37,9 +38,10 @@ from transformers import PreTrainedModel
 from smidgen.errors import UserError
 from smidgen.fit import CHECKPOINT, Evaluate, FitConfig, FitResult, Loss, fit, is_first_process, own_device, process_run, shuffled
 from smidgen.precision import pick_device
+from smidgen.quant import attention
 from smidgen.quant.activations import Reach, clipping
 from smidgen.quant.checkpoint import Checkpoint
-from smidgen.quant.evaluate import exponential, mean_loss, perplexity
+from smidgen.quant.evaluate import exponential, mean, perplexity, window_loss
 from smidgen.quant.ranges import Kind, Link, Range
 from smidgen.quant.simulate import QuantLinear, Scheme, activations_of
 from smidgen.quant.starts import FACTORS, Method, Start
@@ -195,15 +197,15 @@ def main(config: Config, run: Run) -> dict[str, Any]:
     learnt, held_out = split(tokens, config.held_out)
     texts = {text: windows(text, source.tokenizer(), config.length, config.eval_windows) for text in config.evaluate}
 
-    model = source.model(torch.float32, device)
-    perplexity_float = {text: perplexity(model, t, run, f"{text}, float", EXACT) for text, t in texts.items()}
+    model = exact(source, device)
+    perplexity_float = {text: perplexity(model, t, run, f"{text}, float", EXACT, recorded=True) for text, t in texts.items()}
     teacher = copy.deepcopy(model) if config.teacher == "self" else None
     layers = simulated(config, source, model, learnt[: config.calibration], run)
     before = clipping(model, layers, held_out)
 
     started = time.monotonic()
     groups = weight_groups(model, layers, config.weight_decay) + range_groups(layers, config.range_learning_rate)
-    measure = measuring(held_out, texts)
+    measure = measuring(model, held_out, texts)
     result = train(model, groups, learnt, config.fit(), run, config.batch, teacher, config.share, measure)
     seconds = time.monotonic() - started
 
@@ -230,6 +232,13 @@ def main(config: Config, run: Run) -> dict[str, Any]:
     )
 
 
+def exact(source: Checkpoint, device: torch.device) -> PreTrainedModel:
+    """The model in float32; with our attention's explicit mask, since without one torch has only a slow kernel for grouped heads then."""
+    model = source.model(EXACT, device)
+    model.config._attn_implementation = attention.NAME
+    return model
+
+
 def simulated(
     config: Config, source: Checkpoint, model: PreTrainedModel, tokens: Int[Tensor, "n length"], run: Run
 ) -> dict[str, QuantLinear]:
@@ -245,13 +254,14 @@ def simulated(
     return layers
 
 
-def measuring(held_out: Int[Tensor, "n length"], texts: dict[str, Int[Tensor, "m length"]]) -> Callable[[nn.Module], dict[str, Any]]:
+def measuring(
+    model: PreTrainedModel, held_out: Int[Tensor, "n length"], texts: dict[str, Int[Tensor, "m length"]]
+) -> Callable[[nn.Module], dict[str, Any]]:
     """What is followed while a model trains: the loss on held-out text, and perplexities."""
+    loss = window_loss(model, EXACT, recorded=True)
 
-    def measure(trained: nn.Module) -> dict[str, Any]:
-        assert isinstance(trained, PreTrainedModel)
-        followed = {text: exponential(mean_loss(trained, t, EXACT)) for text, t in texts.items()}
-        return {"held_out": mean_loss(trained, held_out, EXACT), "perplexity": followed}
+    def measure(_: nn.Module) -> dict[str, Any]:
+        return {"held_out": mean(loss, held_out), "perplexity": {text: exponential(mean(loss, t)) for text, t in texts.items()}}
 
     return measure
 
@@ -296,11 +306,43 @@ def train(
 ) -> FitResult:
     """Trains the parameters in `groups` to predict `tokens`; all others are frozen. Weights and ranges: QAT; without weights: Quadapter.
 
-    Dropout is off. Of `evaluate`, see `fit`.
+    Dropout is off. Of `evaluate`, see `fit`. On one CUDA device without accumulation, the loss and its gradients are two CUDA graphs.
     """
     check_ranges(model, run)
     model.eval()
-    return fit(model, prediction_loss(teacher, share), shuffled(tokens, batch, config.seed), config, run, groups=groups, evaluate=evaluate)
+    loss, batches = prediction_loss(teacher, share), shuffled(tokens, batch, config.seed)
+    device = next(model.parameters()).device
+    if device.type == "cuda" and config.accumulation == 1 and os.environ.get("WORLD_SIZE", "1") == "1":
+        loss = graphed(loss, model, groups, batches(0).to(device), config.products(device))
+    return fit(model, loss, batches, config, run, groups=groups, evaluate=evaluate)
+
+
+def graphed(
+    loss: Loss, model: nn.Module, groups: list[dict[str, Any]], example: Int[Tensor, "batch length"], precision: torch.dtype
+) -> Loss:
+    """`loss` for batches like the example: a simulated model starts ten thousand kernels per update, which takes longer than they run.
+
+    A second backward pass before the gradients are cleared would overwrite them, so no batches can be accumulated.
+    """
+    model.requires_grad_(False)
+    for group in groups:
+        for parameter in group["params"]:
+            parameter.requires_grad_(True)
+    with torch.autocast(example.device.type, precision, enabled=precision != torch.float32, cache_enabled=False):
+        recorded = torch.cuda.make_graphed_callables(_Loss(loss, model), (example,), allow_unused_input=True)
+    return lambda model, batch: recorded(batch)  # pyright: ignore  it was given a module
+
+
+class _Loss(nn.Module):
+    """The loss as a function of the batch alone."""
+
+    def __init__(self, loss: Loss, model: nn.Module) -> None:
+        super().__init__()
+        self.loss, self.model = loss, model
+        self.eval()
+
+    def forward(self, batch: Int[Tensor, "batch length"]) -> Float[Tensor, ""]:
+        return self.loss(self.model, batch)
 
 
 def prediction_loss(teacher: nn.Module | None = None, share: float = 0.5) -> Loss:

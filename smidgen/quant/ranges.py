@@ -24,7 +24,9 @@ has no code; of an empty tensor nothing is clipped. All zeros start a range at [
 What of this is the paper's and what is ours (its full text could not be had): docs/methods.md.
 """
 
-from typing import Literal
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -179,19 +181,44 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx, x: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:
         ctx.save_for_backward(x, scale, zero)
         ctx.top = top
-        return ((x / scale).round() + zero).clamp(0, top).sub(zero).mul(scale)
+        if not x.is_cuda:
+            return _rounded(x, scale, zero, top)
+        return _fused(_rounded)(*_flat(x, scale, zero), top).view(x.shape)
 
     @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (g,), (x, scale, zero) = grads, ctx.saved_tensors
-        steps = x / scale
-        code = steps.round() + zero
-        outside = (code < 0) | (code > ctx.top)
-        levels = code.clamp(0, ctx.top) - zero
-        to_x = g.masked_fill(outside, 0)
-        to_scale = g * torch.where(outside, levels, levels - steps)  # -z, N - z, e
-        to_zero = (to_x - g) * scale  # 0 in range, -s outside
-        return to_x.sum_to_size(x.shape), to_scale.sum_to_size(scale.shape), to_zero.sum_to_size(zero.shape), None
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, scale, zero = ctx.saved_tensors
+        if not x.is_cuda:
+            return *_gradients(grads[0], x, scale, zero, ctx.top, ctx.needs_input_grad[2]), None
+        flat = _flat(x, scale, zero)
+        to_x, to_scale, to_zero = _fused(_gradients)(grads[0].reshape(flat[0].shape), *flat, ctx.top, ctx.needs_input_grad[2])
+        return to_x.view(x.shape), to_scale.view(scale.shape), None if to_zero is None else to_zero.view(zero.shape), None
+
+
+def _flat(x: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As rows, each with a scale, so that few shapes have to be compiled for."""
+    return x.reshape(scale.numel(), -1), scale.reshape(-1, 1), zero.reshape(-1, 1)
+
+
+def _rounded(x: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:
+    return ((x / scale).round() + zero).clamp(0, top).sub(zero).mul(scale)
+
+
+def _gradients(g: Tensor, x: Tensor, scale: Tensor, zero: Tensor, top: int, zero_too: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    steps = x / scale
+    code = steps.round() + zero
+    outside = (code < 0) | (code > top)
+    levels = code.clamp(0, top) - zero
+    to_x = torch.where(outside, 0.0, g).sum_to_size(x.shape)
+    to_scale = (g * torch.where(outside, levels, levels - steps)).sum_to_size(scale.shape)  # -z, N - z, e
+    to_zero = ((to_x - g) * scale).sum_to_size(zero.shape) if zero_too else None  # 0 in range, -s outside
+    return to_x, to_scale, to_zero
+
+
+@cache
+def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
+    """As one kernel instead of six, or a dozen: these go over every weight and input, and little else takes as long."""
+    return torch.compile(function, dynamic=True)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

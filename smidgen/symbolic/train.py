@@ -22,7 +22,7 @@ from torch import nn
 
 from smidgen.errors import UserError
 from smidgen.fit import CHECKPOINT, FitConfig, FitResult, fit, is_first_process, own_device, process_run
-from smidgen.precision import chosen_precision, pick_device
+from smidgen.precision import pick_device
 from smidgen.run import Run
 from smidgen.symbolic.grid_model import GridModel
 from smidgen.symbolic.models import make, sizes_of
@@ -199,8 +199,8 @@ def refuse_options(config: Config, model: nn.Module, device: torch.device) -> No
         raise UserError(f"--compile is for s2g models, not for {config.model}")
     if config.graph and not (isinstance(model, GridModel) and isinstance(model.network, Blocks)):
         raise UserError(f"--graph is for s2g-cnn and s2g-acnn, not for {config.model}")
-    if config.graph and device.type != "cuda":
-        raise UserError("--graph needs a CUDA device; leave it out")
+    if config.graph and (device.type != "cuda" or os.environ.get("WORLD_SIZE", "1") != "1"):
+        raise UserError("--graph needs one CUDA device; leave it out")
     if config.sharpen and not learns_actions(model):
         raise UserError(
             f"--sharpen is for models that learn actions, not for {config.model}{' with guidance' * ('s2g' in str(config.model))}"
@@ -255,7 +255,7 @@ def replayed(model: GridModel, config: Config) -> Iterator[None]:
     """Meanwhile the grid network trains as one CUDA graph: its shapes never change. Validation, in evaluation mode, does not use it."""
     network, module, device = model.network, model.module, model.embedding.table.device
     shape = config.batch, module.rows, module.columns, model.embedding.table.shape[1]
-    precision = chosen_precision(config.precision, device)
+    precision = config.fit().products(device)
     statistics = [(buffer, buffer.clone()) for buffer in network.buffers()]
     with torch.autocast(device.type, precision, enabled=precision != torch.float32, cache_enabled=False):
         torch.cuda.make_graphed_callables(network, (torch.randn(shape, device=device, requires_grad=True),))

@@ -33,10 +33,10 @@ from torch import Tensor
 
 from smidgen.errors import UserError
 from smidgen.grid import Grid, QWeight, expand
+from smidgen.quant.replay import replayed
 from smidgen.quant.solvers.descent import refine
 from smidgen.quant.solvers.gptq import GPTQ, as_qweight, scale_metric
 from smidgen.quant.solvers.hessian import activation_order, damped, identity_order, inverse_factor, permuted, prepare
-from smidgen.quant.solvers.replay import replayed
 from smidgen.quant.solvers.rtn import check_finite
 from smidgen.quant.stats import Stats
 

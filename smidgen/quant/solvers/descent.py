@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from smidgen.grid import Grid, expand
-from smidgen.quant.solvers.replay import replayed
+from smidgen.quant.replay import replayed
 
 BLOCK = 128  # columns whose effect on the rest of the gradient is applied at once
 

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from smidgen.errors import UserError
 from smidgen.grid import Grid, QWeight, expand, metric_of
+from smidgen.quant.replay import replayed
 from smidgen.quant.solvers.descent import refine
 from smidgen.quant.solvers.hessian import activation_order, identity_order, inverse_factor, permuted, prepare
 from smidgen.quant.solvers.mismatch import aim
-from smidgen.quant.solvers.replay import replayed
 from smidgen.quant.stats import Stats
 
 DAMPS = 0.003, 0.01, 0.03, 0.1  # tried by `choose`

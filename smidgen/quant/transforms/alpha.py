@@ -24,7 +24,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -39,6 +39,7 @@ from smidgen.quant.blocks import Block, decoder_list, family_of, walk
 from smidgen.quant.checkpoint import Checkpoint
 from smidgen.quant.families import Fold
 from smidgen.quant.linear import LINEAR, weight_of
+from smidgen.quant.replay import Recorded
 from smidgen.quant.simulate import Mode, QuantLinear, Scheme, activations_of, install, restore, set_mode, simulate_block
 from smidgen.quant.transforms.zfold import channels, foldable, move, storable
 from smidgen.run import PARTIAL, Run
@@ -50,6 +51,7 @@ ABSENT = {
     "product": "its MLP is not gated",
     "relu": "only a relu passes positive factors on, and there is none between two of its layers (GELU does not)",
 }
+FEW = 4  # batches that candidates are tried on, about
 SMALLEST = 1e-5  # of a largest absolute value, so that channels of zeros have logarithms
 
 
@@ -133,22 +135,37 @@ class Adapted:
     targets: Float[Tensor, "batches batch length width"] = field(repr=False)
     "The float block's outputs."
     mode: Mode
+    _clips: list[nn.Parameter | None] | None = field(default=None, init=False, repr=False)
+    _graphs: dict[bool, Recorded] = field(default_factory=dict, init=False, repr=False)
 
-    def forward(self, batch: int) -> Float[Tensor, "batch length width"]:
+    def forward(self, hidden: Float[Tensor, "batch length width"]) -> Float[Tensor, "batch length width"]:
         """The simulated block, differentiable, in float32: bfloat16's 8 bits would round as coarsely as the quantizers."""
-        out = self.block.module(self.block.hidden[batch], **self.block.arguments)
+        out = self.block.module(hidden, **self.block.arguments)
         return out[0] if isinstance(out, tuple) else out
 
-    def loss(self, batch: int) -> Float[Tensor, ""]:
+    def loss(self, hidden: Float[Tensor, "batch length width"], targets: Float[Tensor, "batch length width"]) -> Float[Tensor, ""]:
         """Mean squared error of the outputs."""
-        return (self.forward(batch) - self.targets[batch]).square().mean()
+        return (self.forward(hidden) - targets).square().mean()
 
     @torch.no_grad()
-    def error(self) -> float:
-        """Mean loss over all batches; leaves the mean ranges those of this pass."""
+    def error(self, few: bool = False) -> float:
+        """Mean loss over all batches, or over a few to choose by; leaves the mean ranges those of this pass.
+
+        On a CUDA device a graph from the second call on, for as long as it is the same parameters that clip.
+        """
+        clips = [activation.reach for _, activation in activations_of(self.layers)] + [quant.shrink for quant in self.layers.values()]
+        if not self.targets.is_cuda or self._clips is None or any(a is not b for a, b in zip(clips, self._clips, strict=True)):
+            self._clips, self._graphs = clips, {}
+            return float(self._error(few))
+        if few not in self._graphs:
+            self._graphs[few] = Recorded(partial(self._error, few))
+        return float(self._graphs[few]())
+
+    def _error(self, few: bool) -> Float[Tensor, ""]:
         for _, activation in activations_of(self.layers):
             activation.forget()
-        return sum(float(self.loss(i)) for i in range(len(self.targets))) / len(self.targets)
+        every = max(1, len(self.targets) // FEW) if few else 1
+        return torch.stack([self.loss(self.block.hidden[i], self.targets[i]) for i in range(0, len(self.targets), every)]).mean()
 
     @cached_property
     def energy(self) -> float:

@@ -114,8 +114,8 @@ def watched(block: Adapted) -> tuple[dict[Activation, Seen], Float[Tensor, "n"]]
 
     handles = [block.layers[name].register_forward_pre_hook(watch) for name, _ in activations_of(block.layers)]
     with unquantized(block.layers):
-        for i in range(batches):
-            block.forward(i)
+        for hidden in block.block.hidden:
+            block.forward(hidden)
     set_mode(block.layers, block.mode)
     for handle in handles:
         handle.remove()

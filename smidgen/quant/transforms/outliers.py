@@ -40,7 +40,7 @@ class Outliers:
             errors = []
             for a in candidates:
                 site.set(a)
-                errors.append(block.error())
+                errors.append(block.error(few=True))
             site.set(candidates[errors.index(min(errors))])
         return {"error_before": start}
 

@@ -27,6 +27,7 @@ import torch
 
 from smidgen.errors import UserError
 from smidgen.quant.ranges import Kind, Link
+from smidgen.quant.replay import Recorded
 from smidgen.quant.simulate import QuantLinear, activations_of
 from smidgen.quant.transforms.alpha import Adapted
 from smidgen.quant.transforms.clip import clip
@@ -79,13 +80,22 @@ class Quadapter:
         optimizer = torch.optim.Adam([site.a for site in block.sites], lr=rate, eps=EPSILON)
         generator = torch.Generator().manual_seed(self.seed)
         order: list[int] = []
+        hidden, targets = block.block.hidden[0].clone(), block.targets[0].clone()
+
+        def gradient() -> None:
+            optimizer.zero_grad()
+            with torch.enable_grad():
+                block.loss(hidden, targets).backward()
+
+        differentiate = Recorded(gradient) if hidden.is_cuda and self.steps else gradient
         for step in range(self.steps):
             order = order or torch.randperm(len(block.targets), generator=generator).tolist()
             for group in optimizer.param_groups:
                 group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / self.steps))
-            optimizer.zero_grad()
-            with torch.enable_grad():
-                block.loss(order.pop()).backward()
+            batch = order.pop()
+            hidden.copy_(block.block.hidden[batch])
+            targets.copy_(block.targets[batch])
+            differentiate()
             optimizer.step()
             for site in block.sites:
                 site.set(site.a)

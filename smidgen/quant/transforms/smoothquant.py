@@ -35,7 +35,7 @@ class SmoothQuant:
         errors = {}
         for t in self.migration:
             smooth(block, inputs, t)
-            errors[t] = block.error()
+            errors[t] = block.error(few=True)
         best = min(errors, key=lambda t: errors[t])
         smooth(block, inputs, best)
         return {"error_before": start, "migration": best}

@@ -2,10 +2,11 @@
 
 A column loop has as many steps as a block has columns, each a few kernels of a few microseconds; starting one from Python takes
 longer than that. Every block of a model has the same shapes, so the loop is captured once per shape and replayed for the others.
+A simulated model starts fifty kernels per layer, of which a graph makes one launch per pass.
 """
 
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import wraps
 from typing import Any, TypeVar, cast
 
 import torch
@@ -32,39 +33,47 @@ def replayed(function: F) -> F:
         if key not in graphs:
             if len(graphs) == CAPTURED:
                 graphs.pop(next(iter(graphs)))
-            graphs[key] = Graph(function, args)
+            beside = next(iter(graphs.values()), None)  # in the same memory: no two run at once
+            graphs[key] = Graph(function, args, beside and beside.recorded.graph.pool())
         return graphs[key](tensors)
 
     return cast(F, call)
 
 
+class Recorded:
+    """A function without arguments, which reads and writes tensors that stay where they are: its kernels, recorded on its second run."""
+
+    def __init__(self, function: Callable[[], Any], pool: Any = None) -> None:
+        """`pool`: memory that other graphs compute in too; by default its own, which it gives back."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # libraries set themselves up at their first call, which cannot be recorded
+            function()
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=pool):
+            self.outputs = function()
+
+    def __call__(self) -> Any:
+        """What the function returns, in the same memory every time."""
+        self.graph.replay()
+        return self.outputs
+
+
 class Graph:
     """A function's kernels for arguments of some shapes, recorded."""
 
-    def __init__(self, function: Callable[..., Tensor | tuple[Tensor, Tensor]], args: tuple) -> None:
+    def __init__(self, function: Callable[..., Tensor | tuple[Tensor, Tensor]], args: tuple, pool: Any = None) -> None:
         def run() -> Tensor | tuple[Tensor, Tensor]:
             inputs = iter([t.clone() for t in self.inputs])
             return function(*(next(inputs) if isinstance(a, Tensor) else a for a in args))
 
         self.inputs = [a.contiguous().clone() for a in args if isinstance(a, Tensor)]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # libraries set themselves up at their first call, which cannot be recorded
-            run()
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool()):
-            self.outputs = run()
+        self.recorded = Recorded(run, pool)
 
     def __call__(self, tensors: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
         """What the function returns for other tensors."""
         for mine, given in zip(self.inputs, tensors, strict=True):
             mine.copy_(given)
-        self.graph.replay()
-        return self.outputs.clone() if isinstance(self.outputs, Tensor) else tuple(t.clone() for t in self.outputs)
-
-
-@cache
-def pool() -> Any:
-    """Memory that all graphs compute in: no two run at once."""
-    return torch.cuda.graph_pool_handle()
+        outputs = self.recorded()
+        return outputs.clone() if isinstance(outputs, Tensor) else tuple(t.clone() for t in outputs)
