@@ -9,6 +9,7 @@ The splits of the tests are not touched: `smidgen symbolic evaluate` is for them
 
 import os
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field, replace
@@ -262,7 +263,9 @@ def replayed(model: GridModel, config: Config) -> Iterator[None]:
     for buffer, before in statistics:
         buffer.copy_(before)  # batch norm has seen the drawn grid
     try:
-        yield
+        with warnings.catch_warnings():  # gradients are added up on the stream of the capture, which costs an event an update
+            warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")
+            yield
     finally:
         del network.forward  # what make_graphed_callables put before the class's own
 
