@@ -2,12 +2,15 @@
 
     python benchmarks/runtimes.py                               # everything: about half an hour on two cores
     python benchmarks/runtimes.py --ours auto:4g32 auto:q3_k --peers q3_k_m
+    python benchmarks/runtimes.py --rotated --ours auto:q4_1 --peers q4_1
 
 Ours are runs of `smidgen quantize`, METHOD:GRID. 4g32 is 4 bits, group 32, symmetric, written as compressed-tensors, GGUF (q4_0) and
 ONNX at once; 4g32-bfloat16 has the scales ExecuTorch stores, and is written for it; the others are GGUF's own grids. Peers are
 llama.cpp's recipes with an importance matrix from the same calibration tokens (mean squares of every layer's inputs); its library has
-to be one that can quantize (llama-cpp-py-sync, glibc 2.38). An artifact is measured by `smidgen bench` in a process of its own. Rows go
-to benchmarks/results/runtimes.csv.
+to be one that can quantize (llama-cpp-py-sync, glibc 2.38). With --rotated both start from the Hadamard-rotated twin of the model:
+SmolLM2's packaged weights lie on a q4_1 grid, which llama.cpp finds again and no solver can beat; its twin's lie on none.
+
+An artifact is measured by `smidgen bench` in a process of its own. Rows go to benchmarks/results/runtimes.csv.
 """
 
 import argparse
@@ -31,6 +34,7 @@ from smidgen.quant.load import load_artifact
 from smidgen.quant.quantize import Config, main
 from smidgen.quant.runtimes import find
 from smidgen.quant.runtimes.llamacpp import llamacpp_quantize
+from smidgen.quant.transforms.rotation import rotate
 from smidgen.run import Run
 from smidgen.texts import windows
 
@@ -120,6 +124,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--calibration", default="wikitext2_calibration")
     parser.add_argument("--text", default="wikitext2_test")
     parser.add_argument("--windows", type=int, default=24)
+    parser.add_argument("--rotated", action="store_true")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--ours", nargs="*", default=["boa:4g32", "auto:4g32", "auto:4g32-bfloat16", "auto:q4_k", "auto:q3_k", "auto:q2_k"])
     parser.add_argument("--peers", nargs="*", default=["q4_0", "q4_1", "q4_k_m", "q3_k_m", "q3_k_s", "q2_k"])
     return parser.parse_args()
@@ -130,6 +136,9 @@ if __name__ == "__main__":
     setup = {"text": options.text, "windows": options.windows} | provenance()
     with tempfile.TemporaryDirectory() as folder, Run("runtimes", Config(options.model), Path(folder) / "run") as run:
         scratch = Path(folder)
+        suffix = " rotated" if options.rotated else ""
+        if options.rotated:
+            options.model = str(rotate(Checkpoint.open(options.model), scratch / "twin").folder)
         cases: list[tuple[str, Path, Path | None, dict]] = []
         if options.peers:
             matrix = importance(options, run)
@@ -146,7 +155,7 @@ if __name__ == "__main__":
             cases += ours(name, options, scratch / name)
         for i, (label, artifact, reference, metrics) in enumerate(cases):
             found = measured(artifact, options, scratch / f"bench-{i}")
-            row = setup | metrics | found | {"artifact": label, "file_bytes": found["size_bytes"], "recipe": metrics["recipe"]}
+            row = setup | metrics | found | {"artifact": label + suffix, "file_bytes": found["size_bytes"], "recipe": metrics["recipe"]}
             row |= {"perplexity": next(iter(found["perplexity"].values()))} | (compared(artifact, reference, options) if reference else {})
-            append(RESULTS, COLUMNS, [rounded(row, COLUMNS)])
+            append(options.results, COLUMNS, [rounded(row, COLUMNS)])
             print("\t".join(f"{k}={row.get(k, '')}" for k in COLUMNS[:8]), flush=True)

@@ -158,6 +158,17 @@ def test_only_one_block_has_weights_at_a_time(has_tokens, name, family, tokens):
     assert is_empty(model)
 
 
+def test_walking_a_skeleton_leaves_the_checkpoints_others_alone(family, tokens):
+    """An exporter traces its own while another is walked with attention that gathers statistics."""
+    checkpoint = Checkpoint(family("llama"), "llama")
+    cpu = torch.device("cpu")
+    other = checkpoint.skeleton(cpu)
+    before = other.config._attn_implementation
+    next(blocks.walk(checkpoint, checkpoint.skeleton(cpu), tokens, cpu, torch.float32))
+    assert other.config._attn_implementation == before != attention.NAME
+    assert checkpoint.skeleton(cpu).config._attn_implementation == before
+
+
 def test_every_weight_is_read_once(family, tokens, blocks_of, monkeypatch):
     read = []
     original = Checkpoint.read

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from smidgen.errors import UserError
 from smidgen.grid import Grid
-from smidgen.quant.blocks import decoder_list
+from smidgen.quant.blocks import decoder_list, walk
 from smidgen.quant.checkpoint import Checkpoint
 from smidgen.quant.export.executorch import DynamicLinear, ExecuTorch
 from smidgen.quant.linear import LINEAR
@@ -43,6 +43,8 @@ for grid in kinds:
     ExecuTorch.check(model, [n for n in names if grids[n] == grid], grid)
 weights = {n: RTN()(checkpoint.read([f"{n}.weight"])[f"{n}.weight"], None, grids[n]) for n in names}
 exporter = ExecuTorch(folder, checkpoint, model)
+walked = checkpoint.skeleton(torch.device("cpu"))  # as `smidgen quantize` has, with attention that cannot be traced
+next(walk(checkpoint, walked, torch.load("tokens.pt")[:1], torch.device("cpu"), torch.float32))
 for i, block in enumerate(blocks):
     exporter.add({n: q for n, q in weights.items() if n.startswith(f"{path}.{i}.")}, block, f"{path}.{i}")
 exporter.finish()

@@ -5,6 +5,7 @@ time. A Checkpoint builds the model without weights and reads those asked for fr
 otherwise (GGUF, pickled weights) is converted once, whole, into a cached safetensors folder.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -53,14 +54,14 @@ class Checkpoint:
         return cls(_downloaded(model), model.split("/")[1])
 
     def skeleton(self, device: torch.device) -> "PreTrainedModel":
-        """The model with its buffers on `device`, but every parameter on the meta device."""
+        """The model with its buffers on `device`, but every parameter on the meta device; its configuration is its own to change."""
         from accelerate import init_empty_weights
         from transformers import AutoModelForCausalLM
         from transformers.initialization import no_init_weights
 
         try:
             with init_empty_weights(include_buffers=False), no_init_weights():
-                model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
+                model = AutoModelForCausalLM.from_config(copy.deepcopy(self.config), dtype=torch.float32)
         except ValueError as error:
             raise UserError(f"{self.folder}: {str(error).splitlines()[0]}") from error
         for module in model.modules():
