@@ -41,7 +41,7 @@ from smidgen.search.vocabulary import pruned
 
 WARMUP = 0.1  # of the updates
 POSITIONS = 64
-LAYERS_RATE, TABLE_RATE = 1e-4, 5e-3
+LAYERS_RATE, TABLE_RATE = 3e-4, 5e-3
 ENCODER_VERSION = 1
 
 
@@ -66,7 +66,7 @@ class Config:
     batch: int = 128
     "Texts per update."
     learning_rate: float | None = None
-    "Of AdamW; none: 1e-4 for layers, 5e-3 for a table."
+    "Of AdamW; none: 3e-4 for layers, 5e-3 for a table."
     method: Distillation = field(default_factory=Distillation)
     "Numbers of the method."
     texts: Path | None = None
