@@ -6,8 +6,10 @@ import platform
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 
 
 def append(path: Path, columns: list[str], rows: list[dict]) -> None:
@@ -33,6 +35,21 @@ def read(path: Path) -> list[dict[str, str]]:
         return []
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def settings(parts: list[str]) -> dict[str, Any]:
+    """`name=value` of a specification, each as the type it looks like; YAML would take 3e-4, which has no point, for a word.
+
+    >>> settings(["steps=500", "learning_rate=3e-4", "carry=true"])
+    {'steps': 500, 'learning_rate': 0.0003, 'carry': True}
+    """
+    found = {}
+    for name, text in (part.split("=", 1) for part in parts):
+        try:
+            found[name] = float(text) if "e-" in text else yaml.safe_load(text)
+        except ValueError:
+            found[name] = text
+    return found
 
 
 def provenance() -> dict[str, str]:

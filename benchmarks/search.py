@@ -3,13 +3,18 @@
     python benchmarks/search.py                                              # everything, five seeds; a GPU's work
     python benchmarks/search.py --tables baselines                           # a minute on two cores
     python benchmarks/search.py --tables teacher students --seeds 0 --models models --device cuda
+    python benchmarks/search.py --tables students --students 3@steps=6000@learning_rate=3e-4 --seeds 0 --models models
     python benchmarks/search.py --tables times --seeds 0 --models models     # the same models again, where their times matter
 
     baselines   rankings without training (smidgen/search/baselines.py)
     teacher     fine-tuned on benchmarks/data/android_queries.jsonl, at every weight between its start and its end
-    students    3 and 2 layers and the static table, in 32 and 8 bits, with meaning alone and with trigrams ("fused")
+    students    3 and 2 layers and the static table, in 32 and 8 bits, with meaning alone and with trigrams ("fused"); what follows @ is
+                set in the configuration of distillation (steps, learning_rate, batch, vocabulary, method.texts, ...)
     leave-out   five teachers, each without the queries of a fifth of the features, measured on the development queries of that fifth,
-                beside the teacher that had them ("all features")
+                beside the teacher that had them ("all features"), at the teacher's lift and at others; and the queries of the other four
+                fifths, which pay for a lift
+    unasked     the same of the untrained encoder, in the index alone: with a feature's own texts, and with the examples to be expected
+                of it beside them (smidgen/search/expected.py)
     ablations   the teacher without one of its parts
     times       of written students: p50 and p95 of warm queries on one thread, and the cold start
 
@@ -20,22 +25,21 @@ columns are KIND FIGURE, as smidgen/search/metrics.py defines them. Run with OMP
 """
 
 import argparse
-import csv
 import json
-import platform
-import subprocess
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from rows import append, provenance, settings
 
 from smidgen.run import Run
 from smidgen.search import baselines, distill, evaluate, teacher
 from smidgen.search.bert import MINILM, Encoder, find, load, save
-from smidgen.search.contrastive import Contrastive
+from smidgen.search.contrastive import Contrastive, labels
 from smidgen.search.encoder import whole_words
 from smidgen.search.features import FEATURES, Feature, Query, read_features, read_queries, write_features, write_queries
 from smidgen.search.folder import sizes
@@ -53,7 +57,6 @@ COLUMNS = [
     "table", "system", "seed", *(f"{kind} {figure}" for kind in KINDS for figure in FIGURES), "auroc", "size_mb", "p50_ms", "p95_ms",
     "cold_ms", "seconds", "commit", "machine", "date",
 ]  # fmt: skip
-STUDENTS = ("3", "2", "static")
 ABLATIONS = {
     "whole": Contrastive(),
     "no self-teaching": Contrastive(teaching=0.0),
@@ -184,24 +187,30 @@ def hold_out(queries: tuple[Query, ...], seed: int) -> tuple[tuple[Query, ...], 
 
 def students(bench: Bench, seed: int) -> Iterator[dict]:
     """Every size of the seed's teacher."""
-    for layers in STUDENTS:
+    for spec in bench.options.students:
         started = time.monotonic()
-        config = distill.Config(
-            bench.options.models / f"teacher-{seed}", layers=layers, vocabulary=bench.options.vocabulary, steps=bench.options.steps,
-            device=bench.options.device, seed=seed,
-        )  # fmt: skip
-        with bench.run("search distill", f"student-{layers}-{seed}", config) as run:
+        config = student(bench, spec, seed)
+        with bench.run("search distill", f"student-{spec}-{seed}", config) as run:
             made = distill.distilled(config, run)
             seconds = round(time.monotonic() - started)
-            for bits in (8,) if layers == "static" else (32, 8):
+            for bits in (8,) if config.layers == "static" else (32, 8):
                 folder = run.partial(f"bits-{bits}")
                 distill.write(folder, made, replace(config, bits=bits))
                 folder = run.keep(folder)
                 for row in written(bench, folder):
-                    yield row | {
-                        "system": f"{layers} layers, {bits} bits{row['system']}".replace("static layers", "static"),
-                        "seconds": seconds,
-                    }
+                    name = f"{config.layers} layers".replace("static layers", "static")
+                    other = "".join(f", {part.replace('=', ' ')}" for part in spec.split("@")[1:])
+                    yield row | {"system": f"{name}, {bits} bits{other}{row['system']}", "seconds": seconds}
+
+
+def student(bench: Bench, spec: str, seed: int) -> distill.Config:
+    """`layers@setting=value@method.number=value` as the configuration of its distillation."""
+    layers, *parts = spec.split("@")
+    chosen = settings(parts)
+    numbers = {name.removeprefix("method."): value for name, value in chosen.items() if name.startswith("method.")}
+    others = {name: value for name, value in chosen.items() if not name.startswith("method.")}
+    folder, device = bench.options.models / f"teacher-{seed}", bench.options.device
+    return distill.Config(folder, layers=layers, method=replace(distill.Distillation(), **numbers), device=device, seed=seed, **others)  # pyright: ignore
 
 
 def written(bench: Bench, folder: Path) -> Iterator[dict]:
@@ -242,32 +251,67 @@ def leave_out(bench: Bench, seed: int) -> Iterator[dict]:
     start, config = bench.start(), bench.config(seed)
     full = load(bench.options.models / f"teacher-{seed}" / "artifact", teacher.LENGTH)
     full.model.to(bench.options.device)
-    lift = json.loads((bench.options.models / f"teacher-{seed}" / "artifact" / teacher.RELEVANCE).read_text())["lift"]
+    chosen = json.loads((bench.options.models / f"teacher-{seed}" / "artifact" / teacher.RELEVANCE).read_text())["lift"]
     weight = 1.0 if bench.options.interpolation is None else bench.options.interpolation
     for by in ("texts", "examples"):
-        yield {"system": f"all features, {by}"} | answerable(bench, scored(bench, full, by, lift=lift))
-    left = {by: np.zeros((len(bench.dev), len(bench.features))) for by in ("texts", "examples")}
+        yield {"system": f"all features, {by}"} | answerable(bench, scored(bench, full, by, lift=chosen))
+    folds = np.array([fold_of(bench, query, seed) for query in bench.dev])
+    left: dict[tuple[str, float], np.ndarray] = defaultdict(lambda: np.zeros((len(bench.dev), len(bench.features))))
+    others: dict[float, list[dict]] = defaultdict(list)
     with bench.run("search train", f"leave-out-{seed}", config) as run:
         for fold in range(teacher.FOLDS):
             kept, _ = teacher.split(bench.features, bench.queries, (), fold, seed)
             end = teacher.train(start, bench.features, kept, config, run, weight)
-            unseen = [i for i, q in enumerate(bench.dev) if fold == fold_of(bench, q, seed)]
-            for by, rows in left.items():
-                rows[unseen] = scored(bench, end, by, kept, lift)[unseen]
-    for by, rows in left.items():
-        yield {"system": f"left out, {by}"} | answerable(bench, rows)
+            unseen = folds == fold
+            left["texts", chosen][unseen] = scored(bench, end, "texts")[unseen]
+            for lift in sorted({chosen, *teacher.LIFTS}):
+                scores = scored(bench, end, "examples", kept, lift)
+                left["examples", lift][unseen] = scores[unseen]
+                others[lift].append(answerable(bench, scores, ~unseen & (folds >= 0)))
+    for (by, lift), rows in left.items():
+        yield {"system": f"left out, {by}, lift {lift:g}{' (chosen)' if lift == chosen else ''}"} | answerable(bench, rows)
+    for lift, figures in others.items():
+        yield {"system": f"not left out, lift {lift:g}"} | means(figures)
 
 
-def fold_of(bench: Bench, query: Query, seed: int) -> int | None:
-    """The fold in which the first relevant feature of a query is left out."""
+def unasked(bench: Bench, seed: int) -> Iterator[dict]:
+    """What features without examples are compared by, nothing else changed."""
+    start = bench.start()
+    asked = start.encode(bench.texts)
+    folds = np.array([fold_of(bench, query, seed) for query in bench.dev])
+    left: dict[tuple[str, float], np.ndarray] = defaultdict(lambda: np.zeros((len(bench.dev), len(bench.features))))
+    others: dict[tuple[str, float], list[dict]] = defaultdict(list)
+    for fold in range(teacher.FOLDS):
+        kept, _ = teacher.split(bench.features, bench.queries, (), fold, seed)
+        silent = ~labels(kept, bench.features, start.device)[0].any(0)[:, None, None]
+        bank = sides(start, bench.features, kept, lift=1.0)
+        for name, guess in (("own texts", torch.where(silent, bank[:, :1], bank)), ("expected examples", bank)):
+            for lift in teacher.LIFTS:
+                scores = relevance(asked, torch.where(silent, lift * guess, guess)).cpu().numpy()
+                left[name, lift][folds == fold] = scores[folds == fold]
+                others[name, lift].append(answerable(bench, scores, (folds != fold) & (folds >= 0)))
+    for (name, lift), rows in left.items():
+        yield {"system": f"{name}, lift {lift:g}, left out"} | answerable(bench, rows)
+        yield {"system": f"{name}, lift {lift:g}, others"} | means(others[name, lift])
+
+
+def means(rows: list[dict]) -> dict:
+    """Of every figure."""
+    return {name: round(float(np.mean([row[name] for row in rows])), 4) for name in rows[0]}
+
+
+def fold_of(bench: Bench, query: Query, seed: int) -> int:
+    """The fold in which the first relevant feature of a query is left out; -1 of a query that nothing fits."""
     place = np.random.default_rng(seed).permutation(len(bench.features))
     number = {feature.id: i for i, feature in enumerate(bench.features)}
-    return int(place[number[query.relevant[0]]] % teacher.FOLDS) if query.relevant else None
+    return int(place[number[query.relevant[0]]] % teacher.FOLDS) if query.relevant else -1
 
 
-def answerable(bench: Bench, scores: np.ndarray) -> dict[str, float]:
-    """Figures without AUROC: queries that nothing fits belong to no fold."""
-    return {name: value for name, value in bench.figures(scores).items() if name != "auroc"}
+def answerable(bench: Bench, scores: np.ndarray, some: np.ndarray | None = None) -> dict[str, float]:
+    """Figures, of some queries or of all, without AUROC: queries that nothing fits belong to no fold."""
+    rows = np.arange(len(bench.dev)) if some is None else np.flatnonzero(some)
+    found = by_kind(scores[rows], [bench.dev[i] for i in rows], bench.features)
+    return {f"{kind} {figure}": round(found[kind][figure], 4) for kind in KINDS if kind in found for figure in FIGURES}
 
 
 def ablations(bench: Bench, seed: int) -> Iterator[dict]:
@@ -283,29 +327,9 @@ def ablations(bench: Bench, seed: int) -> Iterator[dict]:
 
 
 TABLES = {
-    "baselines": rankings, "teacher": teachers, "students": students, "leave-out": leave_out, "ablations": ablations, "times": times,
+    "baselines": rankings, "teacher": teachers, "students": students, "leave-out": leave_out, "unasked": unasked, "ablations": ablations,
+    "times": times,
 }  # fmt: skip
-
-
-def append(row: dict, path: Path) -> None:
-    """Adds a row to the results."""
-    new = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
-def provenance(device: str) -> dict:
-    """What made a row."""
-    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
-    return {
-        "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
-        "machine": torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "date": time.strftime("%Y-%m-%d"),
-    }
 
 
 def arguments() -> argparse.Namespace:
@@ -318,8 +342,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=teacher.Config.epochs, help="of the teacher")
     parser.add_argument("--folds", type=int, default=1, help="trained to choose the teacher's weight")
     parser.add_argument("--interpolation", type=float, help="the teacher's weight, instead of choosing it")
-    parser.add_argument("--steps", type=int, default=distill.Config.steps, help="of distillation")
-    parser.add_argument("--vocabulary", type=int, default=distill.Config.vocabulary)
+    parser.add_argument("--students", nargs="+", default=["3", "2", "static"], help="layers, and settings of distillation after @")
     parser.add_argument("--models", type=Path, default=Path("runs") / time.strftime("search-%Y%m%d-%H%M%S"), help="where models are kept")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file that rows are added to")
@@ -329,11 +352,11 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Every table for every seed."""
     options = arguments()
-    bench, source = Bench(options), provenance(options.device)
+    bench, source = Bench(options), provenance()
     for seed in options.seeds:
         for table in options.tables:
             for row in TABLES[table](bench, seed):
-                append({"table": table, "seed": seed} | row | source, options.results)
+                append(options.results, COLUMNS, [{"table": table, "seed": seed} | row | source])
                 shown = {
                     k: row[k] for k in ("contextual hit@1", "contextual hit@10", "contextual mrr@10", "typo hit@10", "p95_ms") if k in row
                 }

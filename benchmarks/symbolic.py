@@ -32,14 +32,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
-from rows import append, provenance, read
+from rows import append, provenance, read, settings
 from torch import nn
 
 from smidgen.run import Run
 from smidgen.symbolic.card import Card
 from smidgen.symbolic.grid_model import GridModel
-from smidgen.symbolic.models import make, predict, right, sizes_of
+from smidgen.symbolic.models import make, sizes_of
+from smidgen.symbolic.predict import predict, right
 from smidgen.symbolic.seq2grid import hard_layouts
 from smidgen.symbolic.settle import outcomes, settle
 from smidgen.symbolic.tasks import Batch, Task, open_task
@@ -70,13 +70,12 @@ SOLVED = 0.95  # a bAbI task is, from this accuracy on
 
 def config_of(task: str, spec: str, seed: int, options: argparse.Namespace) -> Config:
     """`name+option=value@setting=value` as the configuration of its training."""
-    model, *settings = spec.split("@")
+    model, *changed = spec.split("@")
     name, *chosen = model.split("+")
-    pairs = {key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in chosen)}
     config = Config(
         task=task,
         model=name,
-        option=pairs,
+        option=settings(chosen),
         data=options.data / "babi" / "babi_en.tar.xz" if task.startswith("babi") else None,
         questions=options.questions,
         steps=options.steps,
@@ -85,9 +84,10 @@ def config_of(task: str, spec: str, seed: int, options: argparse.Namespace) -> C
         warmup=min(500, options.steps // 10),
         validation_questions=1000,
         compile=options.compile and name.startswith("s2g"),
+        graph=options.graph and name in ("s2g-cnn", "s2g-acnn"),
         seed=seed,
     )
-    return replace(config, **{key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in settings)})
+    return replace(config, **settings(changed))
 
 
 def questions(task: Task, split: str, count: int, seed: int, cache: Path) -> Batch:
@@ -173,7 +173,7 @@ def spread(jobs: list[tuple[str, str, int]], options: argparse.Namespace) -> Non
         passed = ("data", "steps", "batch", "questions", "test", "results")
         command += [part for name in passed for part in (f"--{name}", str(getattr(options, name)))]
         command += ["--learning-rate", str(options.learning_rate)] if options.learning_rate else []
-        command += ["--compile"] * options.compile
+        command += ["--compile"] * options.compile + ["--graph"] * options.graph
         threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // (options.workers * options.gpus)))}
         done = subprocess.run(command, env=os.environ | threads | {"CUDA_VISIBLE_DEVICES": str(gpu)}, check=False)
         if done.returncode:
@@ -230,6 +230,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "smidgen-symbolic", help="folder for drawn questions")
     parser.add_argument("--compile", action="store_true", help="fuse the grid networks of s2g models")
+    parser.add_argument("--graph", action="store_true", help="launch the grid networks of s2g-cnn and s2g-acnn as one CUDA graph")
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--workers", type=int, default=1, help="trainings at a time on each GPU; 1 on 1 GPU: in this process")
     parser.add_argument(

@@ -15,7 +15,7 @@ from smidgen.run import Run
 from smidgen.search import distill, teacher
 from smidgen.search.bert import Bert, keep_layers, load, save
 from smidgen.search.contrastive import Contrastive
-from smidgen.search.distillation import Material, narrowed, spread
+from smidgen.search.distillation import Distillation, Material, narrowed, spread
 from smidgen.search.encoder import open_encoder
 from smidgen.search.export import ByteWords, bytes_of, export
 from smidgen.search.features import Feature, Query, read_queries, write_features, write_queries
@@ -241,6 +241,8 @@ def test_what_a_student_reads_and_what_its_teacher_reads(start):
     assert all(meant == material.queries[number].query for _, meant, number in labelled)
     assert any(read != meant for read, meant, _ in labelled) and all(read == meant for read, meant, number in drawn if number < 0)
     assert 180 < len(labelled) < 260
+    plain = [material.draw(random, 1.0) for _ in range(50)]
+    assert all(read == meant and read in material.texts and number == -1 for read, meant, number in plain)
 
 
 def test_layers_kept_are_spread():
@@ -284,6 +286,7 @@ def test_refusals(config, trained, data, tmp_path):
     for options, message in (
         ({"layers": "3"}, "--layers 3: the teacher has 2"),
         ({"layers": "static", "bits": 32}, "--bits 32 is for networks"),
+        ({"layers": "1", "method": Distillation(texts=2.0)}, "--method.texts is a share"),
         ({"layers": "1", "vocabulary": 30}, "--vocabulary 30: characters and the pieces"),
         ({"layers": "1", "folder": data}, "no features.jsonl in it|is not a BERT|not the description"),
         ({"layers": "1", "held_out": data / "nothing.jsonl"}, "no such file"),

@@ -22,10 +22,12 @@ from smidgen.symbolic.answering import cut_in_two, solve  # noqa: E402
 from smidgen.symbolic.card import Card  # noqa: E402
 from smidgen.symbolic.confidence import NEVER  # noqa: E402
 from smidgen.symbolic.graph import build  # noqa: E402
-from smidgen.symbolic.models import TRAINED, Description, GridModel, Sizes, make, save, sizes_of  # noqa: E402
+from smidgen.symbolic.grid_model import GridModel  # noqa: E402
+from smidgen.symbolic.models import Sizes, make, sizes_of  # noqa: E402
 from smidgen.symbolic.runtime import ARTIFACT, FILE, open_exported  # noqa: E402
 from smidgen.symbolic.settle import CARD, open_trained, settle  # noqa: E402
 from smidgen.symbolic.solve import explained, open_network  # noqa: E402
+from smidgen.symbolic.stored import TRAINED, Description, save  # noqa: E402
 from smidgen.symbolic.tasks import open_task  # noqa: E402
 from smidgen.symbolic.tasks.babi import phrased  # noqa: E402
 

@@ -15,21 +15,10 @@ from smidgen.fit import CHECKPOINT
 from smidgen.run import Run
 from smidgen.symbolic.decoders import to_slots
 from smidgen.symbolic.grid_model import GridModel
-from smidgen.symbolic.models import (
-    MODELS,
-    TRAINED,
-    Answers,
-    Description,
-    Sizes,
-    describe,
-    load,
-    make,
-    predict,
-    right,
-    save,
-    sizes_of,
-)
+from smidgen.symbolic.models import MODELS, Sizes, make, sizes_of
 from smidgen.symbolic.pool import Pool, Training
+from smidgen.symbolic.predict import Answers, predict, right
+from smidgen.symbolic.stored import TRAINED, Description, describe, load, save
 from smidgen.symbolic.tasks import Batch, open_task
 from smidgen.symbolic.train import Config, certainty, drawn, figures, main, validation
 
@@ -234,6 +223,19 @@ def test_every_model_trains_on_a_gpu(name, trained, orders):
     assert metrics["device"] == "cuda" and (folder / TRAINED / "model.safetensors").exists()
 
 
+@pytest.mark.gpu
+def test_one_graph_trains_as_its_kernels_do(trained):
+    """Loss by loss; the tails come from sums in another order and from convolutions' TF32."""
+    config = replace(QUICK, device="cuda", precision="float32", steps=20, learning_rate=1e-3)
+    rows = []
+    for name, graph in (("kernels", False), ("graph", True)):
+        _, folder = trained(replace(config, graph=graph), name)
+        logged = [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
+        rows.append([row["loss"] for row in logged if "loss" in row])
+    assert rows[0][-1] < rows[0][0]
+    np.testing.assert_allclose(rows[0], rows[1], rtol=1e-2)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -247,6 +249,10 @@ def test_every_model_trains_on_a_gpu(name, trained, orders):
         ({"model": "lstm", "option": {}, "sharpen": 0.1}, "--sharpen is for models that learn actions, not for lstm"),
         ({"option": {"guided": True}, "sharpen": 0.1}, "not for s2g-cnn with guidance"),
         ({"model": "lstm", "option": {}, "compile": True}, "--compile is for s2g models, not for lstm"),
+        ({"graph": True}, "--graph needs one CUDA device"),
+        ({"graph": True, "compile": True}, "--graph and --compile exclude each other"),
+        ({"graph": True, "accumulation": 2}, "--graph keeps one gradient"),
+        ({"model": "lstm", "option": {}, "graph": True}, "--graph is for s2g-cnn and s2g-acnn, not for lstm"),
         ({"task": "sums"}, "no task 'sums'"),
         ({"task": "word-problem", "option": {"guided": True}}, "this data has none"),
     ],

@@ -1,8 +1,9 @@
 """`smidgen search add`: new features without training.
 
 A new feature is compared by what it says of itself, and with --queries by what people say who want it, as those are that were learnt
-(relevance.py): v, the mean of its views' vectors, times the folder's lift if it has no examples; e, the mean of its examples'. Both come
-from the encoder of the folder, which is the small one; the features learnt with it were written by its teacher.
+(relevance.py): v, the mean of its views' vectors, and e, the mean of its examples', or what the folder's other features let one expect
+(expected.py), then both times the folder's lift. They come from the encoder of the folder, which is the small one; the features learnt with
+it were written by its teacher.
 
 features.jsonl gets its lines first and the index is renamed into place after it; lines beyond the number of features in the index are an
 addition that was cut short, which readers leave alone and the next addition removes.
@@ -20,10 +21,14 @@ from jaxtyping import Float
 
 from smidgen.errors import UserError
 from smidgen.search.encoder import Encoder, description
+from smidgen.search.expected import expected
 from smidgen.search.features import Feature, Query, read_features, read_queries, write_features
 from smidgen.search.folder import FEATURES, INDEX
 from smidgen.search.fusion import words
+from smidgen.search.index import Index
 from smidgen.search.searcher import Searcher
+
+PAIRS = 4096  # of the index's features, or up to twice as many, are enough to guess by
 
 
 @Parameter(name="*")
@@ -68,7 +73,13 @@ def refuse_known(searcher: Searcher, added: Sequence[Feature], source: Path) -> 
 def add(searcher: Searcher, added: Sequence[Feature], examples: Sequence[Query] = ()) -> None:
     """Writes features more into the folder of a model; their ids must be new."""
     lift = description(searcher.folder)["lift"]
-    vectors = [sides(searcher.encoder, f, [q.query for q in examples if f.id in q.relevant], lift) for f in added]
+    asked = [[q.query for q in examples if f.id in q.relevant] for f in added]
+    vectors = [sides(searcher.encoder, f, own, lift) for f, own in zip(added, asked, strict=True)]
+    silent = [i for i, own in enumerate(asked) if not own]
+    guesses = guessed(searcher.index, np.concatenate([vectors[i] for i in silent]) / lift) if silent else None
+    if guesses is not None:
+        for i, guess in zip(silent, guesses, strict=True):
+            vectors[i] = np.stack([vectors[i][0], lift * guess])
     index = searcher.index.extended(vectors, [words(feature) for feature in added])
     partial = searcher.folder / f"{FEATURES}.partial"
     write_features(partial, (*searcher.features, *added))
@@ -76,9 +87,22 @@ def add(searcher: Searcher, added: Sequence[Feature], examples: Sequence[Query] 
     index.write(searcher.folder / INDEX)
 
 
+def guessed(index: Index, texts: Float[np.ndarray, "n width"]) -> Float[np.ndarray, "n width"] | None:
+    """e of features without examples, by the index's features that have two vectors; those whose e was guessed agree with it anyway."""
+    first = index.starts[:-1][np.diff(index.starts) == 2]
+    first = first[:: max(1, len(first) // PAIRS)]
+    v, e = (unit(index.codes[rows] * index.scales[rows, None]) for rows in (first, first + 1))
+    found = expected(np.concatenate([v, texts]), e, np.arange(len(v) + len(texts)) < len(v))
+    return None if found is None else found[len(v) :]
+
+
 def sides(encoder: Encoder, feature: Feature, examples: Sequence[str], lift: float) -> Float[np.ndarray, "one_or_two width"]:
     """v times the lift, or, with examples, v and e."""
     groups = [encoder(feature.views()), *([encoder(examples)] if examples else [])]
-    means = np.stack([group.mean(0) for group in groups])
-    units = means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
+    units = unit(np.stack([group.mean(0) for group in groups]))
     return units if examples else lift * units
+
+
+def unit(rows: Float[np.ndarray, "n width"]) -> Float[np.ndarray, "n width"]:
+    """Of length 1; zeros stay zeros."""
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)

@@ -41,7 +41,7 @@ from smidgen.search.vocabulary import pruned
 
 WARMUP = 0.1  # of the updates
 POSITIONS = 64
-LAYERS_RATE, TABLE_RATE = 1e-4, 5e-3
+LAYERS_RATE, TABLE_RATE = 3e-4, 5e-3
 ENCODER_VERSION = 1
 
 
@@ -66,7 +66,7 @@ class Config:
     batch: int = 128
     "Texts per update."
     learning_rate: float | None = None
-    "Of AdamW; none: 1e-4 for layers, 5e-3 for a table."
+    "Of AdamW; none: 3e-4 for layers, 5e-3 for a table."
     method: Distillation = field(default_factory=Distillation)
     "Numbers of the method."
     texts: Path | None = None
@@ -90,6 +90,8 @@ class Config:
         method = self.method
         if not (method.temperature > 0 and min(method.alignment, method.list_kl, method.labels) >= 0):
             raise UserError("--method: temperature must be positive, alignment, list-kl and labels not negative")
+        if not 0 <= method.texts <= 1:
+            raise UserError(f"--method.texts is a share, 0 to 1, got {method.texts}")
         if self.layers == "static" and self.bits != 8:
             raise UserError("--bits 32 is for networks; a static table is written in 8 bits")
 
@@ -195,7 +197,8 @@ def distilled(config: Config, run: Run) -> Distilled:
             steps=config.steps, learning_rate=config.rate(), warmup=int(WARMUP * config.steps), precision=config.precision, seed=config.seed
         )
         loss = objective(config.method, taught.teacher, bank, basis)
-        fit(model, loss, batches(smaller, taught.teacher, material, taught.features, config.batch, config.seed), fitting, run)
+        drawn = batches(smaller, taught.teacher, material, taught.features, config.batch, config.seed, config.method.texts)
+        fit(model, loss, drawn, fitting, run)
     return Distilled(taught, smaller, replace(smaller, model=model), bank, basis)
 
 

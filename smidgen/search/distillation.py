@@ -32,7 +32,7 @@ from smidgen.search.losses import alignment, info_nce, list_kl
 from smidgen.search.relevance import relevance
 from smidgen.search.typos import misspelt
 
-SHARES = {"query": 0.4, "misspelt": 0.15, "spliced": 0.2, "replaced": 0.15, "feature": 0.1}
+SHARES = {"query": 8 / 18, "misspelt": 3 / 18, "spliced": 4 / 18, "replaced": 3 / 18}  # of what is made of queries
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ class Distillation:
     "c, the weight of the labels."
     temperature: float = 0.05
     "t, of the scores."
+    texts: float = 0.1
+    "Share of what is learnt from that is texts without labels, as they are."
 
 
 class Batch(NamedTuple):
@@ -79,12 +81,12 @@ class Material:
         words = sorted(piece for piece in teacher.tokenizer.get_vocab() if piece.isascii() and piece.isalpha() and len(piece) > 2)
         return Material(tuple(queries), tuple(texts), tuple(words))
 
-    def draw(self, random: np.random.Generator) -> tuple[str, str, int]:
-        """What the student reads, what the teacher reads, and the number of the query whose labels hold, or -1."""
-        kind = random.choice(list(SHARES), p=list(SHARES.values()))
-        if kind == "feature" or not self.queries:
+    def draw(self, random: np.random.Generator, plain: float = Distillation.texts) -> tuple[str, str, int]:
+        """What the student reads, what the teacher reads, and the number of the query whose labels hold, or -1; `plain`: share of texts."""
+        if random.random() < plain or not self.queries:
             text = self.texts[random.integers(len(self.texts))]
             return text, text, -1
+        kind = random.choice(list(SHARES), p=list(SHARES.values()))
         number = int(random.integers(len(self.queries)))
         text = self.queries[number].query
         if kind == "query":
@@ -102,13 +104,15 @@ class Material:
         return changed, changed, -1
 
 
-def batches(student: Encoder, teacher: Encoder, material: Material, features: Sequence[Feature], size: int, seed: int) -> Batches:
-    """Batches of `size` texts for `fit`, the same for a seed."""
+def batches(
+    student: Encoder, teacher: Encoder, material: Material, features: Sequence[Feature], size: int, seed: int, plain: float
+) -> Batches:
+    """Batches of `size` texts for `fit`, the same for a seed; `plain` is the share of texts without labels."""
     positive, masked = labels(material.queries, features, torch.device("cpu"))
 
     def batch(i: int) -> Batch:
         random = np.random.default_rng((seed, i))
-        read, meant, numbers = zip(*(material.draw(random) for _ in range(size)), strict=True)
+        read, meant, numbers = zip(*(material.draw(random, plain) for _ in range(size)), strict=True)
         rows = torch.tensor([number for number in numbers if number >= 0], dtype=torch.int64)
         labelled = torch.tensor(numbers) >= 0
         return Batch(*student.tokens(read), *teacher.tokens(meant), labelled, positive[rows], masked[rows])

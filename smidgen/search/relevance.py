@@ -6,7 +6,8 @@
 
 People who want the same thing say it alike, and a title is no sentence: of Android's settings, untrained MiniLM finds 61% of the contextual
 development queries among its first ten by v_f, and 96% with e_f beside it. Examples have a price: a feature without them competes with
-others that are spoken for. Its v_f is therefore made longer by a factor, the lift, which is chosen by features held out (teacher.py).
+others that are spoken for. Its e_f is therefore guessed from those of the others (expected.py), and both its vectors are made longer by a
+factor, the lift, which is chosen by features held out (teacher.py).
 """
 
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from smidgen.search.bert import Encoder
 from smidgen.search.contrastive import Views, cosines
+from smidgen.search.expected import expected
 from smidgen.search.features import Feature, Query
 
 LIFT = 1.1  # where none was chosen
@@ -26,7 +28,7 @@ LIFT = 1.1  # where none was chosen
 def sides(
     encoder: Encoder, features: Sequence[Feature], examples: Sequence[Query], lift: float = LIFT
 ) -> Float[Tensor, "features 2 width"]:
-    """v_f and e_f of every feature; twice v_f times `lift` where there are no examples."""
+    """v_f and e_f of every feature; where there are no examples v_f and the expected e_f, or v_f again, times `lift`."""
     views = Views(encoder, features)
     return with_examples(views.means(views.bank(encoder.model)), encoder, features, examples, lift)
 
@@ -43,8 +45,11 @@ def with_examples(
     said = encoder.encode([q.query for q in examples])[query]
     sums = torch.zeros_like(texts).index_add(0, feature, said)
     spoken_for = torch.zeros(len(texts), 1, dtype=torch.bool, device=texts.device).index_fill(0, feature, True)
-    own = torch.where(spoken_for, texts, lift * texts)
-    return torch.stack([own, torch.where(spoken_for, F.normalize(sums, dim=-1), own)], 1)
+    e = F.normalize(sums, dim=-1)
+    known = spoken_for[:, 0].cpu().numpy()
+    guess = expected(texts.cpu().numpy(), e.cpu().numpy()[known], known)
+    guess = texts if guess is None else torch.from_numpy(guess).to(texts)
+    return torch.stack([torch.where(spoken_for, texts, lift * texts), torch.where(spoken_for, e, lift * guess)], 1)
 
 
 def relevance(u: Float[Tensor, "n width"], bank: Float[Tensor, "features 2 width"]) -> Float[Tensor, "n features"]:

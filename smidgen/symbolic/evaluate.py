@@ -125,8 +125,8 @@ def opened(config: Config) -> tuple[Network, str]:
         network = open_exported(file)
         return network, network.card.task
     from smidgen.precision import pick_device
-    from smidgen.symbolic.models import describe
     from smidgen.symbolic.settle import open_trained
+    from smidgen.symbolic.stored import describe
 
     return open_trained(config.model, pick_device(config.device)), describe(config.model).task
 

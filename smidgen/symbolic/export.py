@@ -24,9 +24,10 @@ from smidgen.symbolic.answering import decide, text_of
 from smidgen.symbolic.card import Card
 from smidgen.symbolic.graph import build
 from smidgen.symbolic.grid_model import GridModel
-from smidgen.symbolic.models import describe, load, predict, right
+from smidgen.symbolic.predict import predict, right
 from smidgen.symbolic.runtime import ARTIFACT, CARD_KEY, FILE, open_exported
 from smidgen.symbolic.settle import Trained, drawn, settle
+from smidgen.symbolic.stored import describe, load
 from smidgen.symbolic.tasks import Task, open_task
 
 LOST = 0.005  # share of right answers that hard layouts may cost

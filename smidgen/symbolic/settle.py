@@ -18,8 +18,9 @@ from smidgen.symbolic.answering import Network, Said
 from smidgen.symbolic.card import Card
 from smidgen.symbolic.confidence import Calibration, calibrate
 from smidgen.symbolic.grid_model import GridModel
-from smidgen.symbolic.models import load, predict, right, trained_folder
+from smidgen.symbolic.predict import predict, right
 from smidgen.symbolic.seq2grid import hard_layouts
+from smidgen.symbolic.stored import load, trained_folder
 from smidgen.symbolic.tasks import Batch, Examples, Task
 
 CARD = "card.json"

@@ -9,6 +9,9 @@ The splits of the tests are not touched: `smidgen symbolic evaluate` is for them
 
 import os
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
@@ -23,10 +26,13 @@ from smidgen.fit import CHECKPOINT, FitConfig, FitResult, fit, is_first_process,
 from smidgen.precision import pick_device
 from smidgen.run import Run
 from smidgen.symbolic.grid_model import GridModel
-from smidgen.symbolic.models import TRAINED, Description, make, predict, right, save, sizes_of
+from smidgen.symbolic.models import make, sizes_of
+from smidgen.symbolic.networks import Blocks
 from smidgen.symbolic.pool import Pool, Training
+from smidgen.symbolic.predict import predict, right
 from smidgen.symbolic.seq2grid import hard_layouts
 from smidgen.symbolic.settle import CARD, settle
+from smidgen.symbolic.stored import TRAINED, Description, save
 from smidgen.symbolic.tasks import Batch, Task, open_task
 
 EVALUATIONS = 20  # of a training, where their interval is not given
@@ -79,6 +85,8 @@ class Config:
     "Weight, at the end, of the actions' entropy: makes layouts crisp."
     compile: bool = False
     "Fuse the operations of the grid network (torch.compile): pays in long runs on a GPU, after a minute of compiling."
+    graph: bool = False
+    "Launch the grid network of s2g-cnn and s2g-acnn as one CUDA graph instead of hundreds of kernels: pays where launching is the limit."
     validate_every: int | None = None
     "Updates between validations; none: twenty in all."
     validation_questions: int = 500
@@ -106,6 +114,10 @@ class Config:
             raise UserError(f"--curriculum is a share of the training, 0 to 1, got {self.curriculum}")
         if not 0 <= self.sharpen < float("inf"):
             raise UserError(f"--sharpen must not be negative, got {self.sharpen}")
+        if self.graph and self.compile:
+            raise UserError("--graph and --compile exclude each other; take one")
+        if self.graph and self.accumulation > 1:
+            raise UserError("--graph keeps one gradient; use --accumulation 1 and a larger --batch")
         self.fit().check(evaluates=True)
 
     def fit(self) -> FitConfig:
@@ -144,7 +156,7 @@ def main(config: Config, run: Run) -> dict[str, Any]:
     assert config.model is not None
     torch.manual_seed(config.seed)
     model = make(config.model, sizes_of(task), config.option).to(device)
-    refuse_options(config, model)
+    refuse_options(config, model, device)
     questions, held_out = drawn(task, "train", config.questions, config.seed), validation(task, config)
     run.say(f"{len(questions):,} training questions of {task.name}, up to {questions.lengths.max()} tokens; {len(held_out):,} to validate")
 
@@ -182,10 +194,14 @@ def main(config: Config, run: Run) -> dict[str, Any]:
     )
 
 
-def refuse_options(config: Config, model: nn.Module) -> None:
-    """There is nothing to sharpen where no actions are learned, and nothing to fuse without a grid."""
+def refuse_options(config: Config, model: nn.Module, device: torch.device) -> None:
+    """There is nothing to sharpen where no actions are learned, and nothing to fuse or to replay without a grid."""
     if config.compile and not isinstance(model, GridModel):
         raise UserError(f"--compile is for s2g models, not for {config.model}")
+    if config.graph and not (isinstance(model, GridModel) and isinstance(model.network, Blocks)):
+        raise UserError(f"--graph is for s2g-cnn and s2g-acnn, not for {config.model}")
+    if config.graph and (device.type != "cuda" or os.environ.get("WORLD_SIZE", "1") != "1"):
+        raise UserError("--graph needs one CUDA device; leave it out")
     if config.sharpen and not learns_actions(model):
         raise UserError(
             f"--sharpen is for models that learn actions, not for {config.model}{' with guidance' * ('s2g' in str(config.model))}"
@@ -222,15 +238,36 @@ def train(model: nn.Module, task: Task, questions: Batch, held_out: Batch, confi
 
     def measure(training: nn.Module) -> dict[str, Any]:
         assert isinstance(training, Training)
-        with torch.compiler.set_stance("force_eager"):  # other sizes than in training, each of which would be compiled
+        # other sizes than in training would each be compiled; the compiler takes seconds to import
+        with torch.compiler.set_stance("force_eager") if config.compile else nullcontext():
             return figures(training.model, held_out, crisp=config.sharpen > 0)
 
     if config.compile and isinstance(model, GridModel):
         model.network.compile(dynamic=False)
     training = Training(model.train(), config.sharpen)
-    result = fit(training, lambda wrapped, batch: wrapped(batch), pool, config.fit(), run, groups=groups, evaluate=measure)
+    with replayed(model, config) if config.graph and isinstance(model, GridModel) else nullcontext():
+        result = fit(training, lambda wrapped, batch: wrapped(batch), pool, config.fit(), run, groups=groups, evaluate=measure)
     model.eval()
     return result
+
+
+@contextmanager
+def replayed(model: GridModel, config: Config) -> Iterator[None]:
+    """Meanwhile the grid network trains as one CUDA graph: its shapes never change. Validation, in evaluation mode, does not use it."""
+    network, module, device = model.network, model.module, model.embedding.table.device
+    shape = config.batch, module.rows, module.columns, model.embedding.table.shape[1]
+    precision = config.fit().products(device)
+    statistics = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    with torch.autocast(device.type, precision, enabled=precision != torch.float32, cache_enabled=False):
+        torch.cuda.make_graphed_callables(network, (torch.randn(shape, device=device, requires_grad=True),))
+    for buffer, before in statistics:
+        buffer.copy_(before)  # batch norm has seen the drawn grid
+    try:
+        with warnings.catch_warnings():  # gradients are added up on the stream of the capture, which costs an event an update
+            warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")
+            yield
+    finally:
+        del network.forward  # what make_graphed_callables put before the class's own
 
 
 def figures(model: nn.Module, questions: Batch, crisp: bool = False) -> dict[str, float]:
