@@ -4,6 +4,7 @@ A command is a function that takes its config and returns its metrics; they are 
 last on standard output. Everything else a command says goes to standard error.
 """
 
+import difflib
 import json
 import logging
 import os
@@ -67,6 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         tokens, recipe = split_recipe(list(sys.argv[1:] if arguments is None else arguments))
         app.config = [recipe] if recipe else []
+        check_names(tokens)
         result = app(tokens, exit_on_error=False, print_error=False)
     except (UserError, CycloptsError) as error:
         return fail(" ".join(str(error).split()))
@@ -79,6 +81,22 @@ def main(arguments: list[str] | None = None) -> int:
     if isinstance(result, dict):
         sys.stdout.write(json.dumps(result) + "\n")
     return 0
+
+
+def check_names(arguments: list[str]) -> None:
+    """Refuses a command that is not there; cyclopts would import all of them first, and torch with them."""
+    place, groups = app, {group.name[0]: group for group in (fewshot, symbolic, search, lab)}
+    for argument in arguments[:2]:
+        if argument.startswith("-"):
+            return
+        names = [name for name in place if not name.startswith("-")]
+        if argument not in names:
+            alike = difflib.get_close_matches(argument, names, 1)
+            guess = f"did you mean '{alike[0]}'? " if alike else ""
+            raise UserError(f"no command '{argument}'; {guess}there are {', '.join(names)}")
+        if argument not in groups or place is not app:
+            return
+        place = groups[argument]
 
 
 def run() -> None:

@@ -63,6 +63,12 @@ def test_torch_is_loaded_only_by_what_needs_it(code):
     assert found.stdout.splitlines()[-1] == "loaded: []"
 
 
+@pytest.mark.parametrize(("words", "line"), [(["quantise"], "did you mean 'quantize'"), (["search", "trian"], "did you mean 'train'")])
+def test_a_mistyped_command_is_answered_without_torch(words, line):
+    done = run(f"import sys; from smidgen.cli import main; code = main({words}); assert 'torch' not in sys.modules; sys.exit(code)")
+    assert done.returncode == 2 and line in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_help_names_the_commands():
     found = subprocess.run([sys.executable, "-m", "smidgen", "--help"], capture_output=True, text=True, timeout=60)
     assert found.returncode == 0
