@@ -11,10 +11,7 @@ benchmarks/results/ptq.csv with the commit and the machine; a table is printed a
 """
 
 import argparse
-import csv
-import platform
 import re
-import subprocess
 import tempfile
 import time
 from importlib.util import find_spec
@@ -23,6 +20,7 @@ from typing import Any
 
 import torch
 import yaml
+from rows import append, provenance
 from torch.utils.data import DataLoader
 
 from smidgen.quant.checkpoint import Checkpoint, load_model
@@ -174,35 +172,21 @@ def row_of(method: str, setting: str, seed: int, options: argparse.Namespace, fo
         artifact, seconds, bits = peer(method, setting, seed, options, folder)
     else:
         artifact, seconds, bits = ours(method, setting, seed, options, folder)
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False)
-    return {
-        "setting": setting,
-        "method": method,
-        "seconds": round(seconds, 1),
-        "megabytes": round(size(artifact) / 1e6, 1) if artifact.is_dir() else "",
-        "bits_per_weight": bits,
-        "seed": seed,
-        "sequences": options.sequences,
-        "length": options.length,
-        "windows": options.windows,
-        "commit": commit.stdout.strip(),
-        "machine": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "date": time.strftime("%Y-%m-%d"),
-    } | {t: round(p, 3) for t, p in measure(artifact, options, run).items()}
-
-
-def append(row: dict) -> None:
-    """Adds a row to the results."""
-    RESULTS.parent.mkdir(exist_ok=True)
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+    return (
+        {
+            "setting": setting,
+            "method": method,
+            "seconds": round(seconds, 1),
+            "megabytes": round(size(artifact) / 1e6, 1) if artifact.is_dir() else "",
+            "bits_per_weight": bits,
+            "seed": seed,
+            "sequences": options.sequences,
+            "length": options.length,
+            "windows": options.windows,
+        }
+        | provenance()
+        | {t: round(p, 3) for t, p in measure(artifact, options, run).items()}
+    )
 
 
 def arguments() -> argparse.Namespace:
@@ -234,7 +218,7 @@ if __name__ == "__main__":
         with Run("ptq", Config(model=options.model), Path(scratch) / "benchmark") as run:
             for method, setting, seed in cases:
                 rows.append(row_of(method, setting, seed, options, Path(scratch) / f"{setting}-{method}-{seed}", run))
-                append(rows[-1])
+                append(RESULTS, COLUMNS, rows[-1:])
                 print("\t".join(f"{k}={rows[-1][k]}" for k in ("setting", "method", "seconds", *options.texts)), flush=True)
     table = ["setting", "method", "seed", *options.texts, "seconds", "bits_per_weight"]
     print(f"\n| {' | '.join(table)} |\n|{'---|' * len(table)}")

@@ -14,10 +14,7 @@ them. Rows go to --results as they are finished; a row that is there already is 
 """
 
 import argparse
-import csv
-import platform
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
+from rows import append, provenance, read, settings
 
 from smidgen.errors import UserError
 from smidgen.fit import FitConfig
@@ -71,7 +68,7 @@ def bits(setting: str) -> tuple[int, int]:
 def named(method: str) -> tuple[str, dict[str, Any]]:
     """quadapter+sites=FULL+finetune=200 -> the method and its options."""
     name, *given = method.split("+")
-    found = {key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in given)}
+    found = settings(given)
     return name, found | (FULL if found.get("sites") == "FULL" else {})
 
 
@@ -186,43 +183,14 @@ def row_of(method: str, setting: str, seed: int, options: argparse.Namespace, sc
     row |= {name: round(metrics["perplexity"][text(options, name)], 3) for name in TEXTS}
     if torch.cuda.is_available():
         row["peak_gigabytes"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)
-    row |= {"sequences": options.sequences, "length": options.length, "windows": options.windows, "date": time.strftime("%Y-%m-%d")}
+    row |= {"sequences": options.sequences, "length": options.length, "windows": options.windows}
     lost = {"held_out": round(metrics["held_out"], 4)} if "held_out" in metrics else {}
-    return row | lost | {"steps": metrics.get("kept_step"), "commit": commit(), "machine": machine()}
-
-
-def commit() -> str:
-    """Of this checkout; empty where it is a copy without git."""
-    try:
-        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-        return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    except FileNotFoundError:
-        return ""
-
-
-def machine() -> str:
-    """What computed."""
-    on_gpu = torch.cuda.is_available()
-    return torch.cuda.get_device_name() if on_gpu else f"{platform.machine()}, {torch.get_num_threads()} threads"
-
-
-def append(row: dict[str, Any], results: Path) -> None:
-    """Adds a row to the results."""
-    new = not results.exists()
-    results.parent.mkdir(parents=True, exist_ok=True)
-    with results.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+    return row | lost | {"steps": metrics.get("kept_step")} | provenance()
 
 
 def done(results: Path) -> set[tuple[str, str, str]]:
     """Setting, method and seed of the rows that are there."""
-    if not results.exists():
-        return set()
-    with results.open(newline="") as file:
-        return {(row["setting"], row["method"], row["seed"]) for row in csv.DictReader(file)}
+    return {(row["setting"], row["method"], row["seed"]) for row in read(results)}
 
 
 def arguments() -> argparse.Namespace:
@@ -263,7 +231,7 @@ def main(options: argparse.Namespace) -> int:
                         failed += 1
                         print(f"{setting} {method} {seed}: {error}", file=sys.stderr, flush=True)
                         continue
-                    append(row, options.results)
+                    append(options.results, COLUMNS, [row])
                     print("\t".join(str(row.get(c, "")) for c in COLUMNS[:8]), flush=True)
     return failed
 
