@@ -22,8 +22,9 @@ from smidgen.quant.linear import weight_of
 from smidgen.quant.ranges import fake_quantize
 from smidgen.quant.simulate import Activation, QuantLinear, Scheme, activations_of, set_mode, simulate, static_layer
 from smidgen.quant.transforms import equalize, smoothquant
-from smidgen.quant.transforms.alpha import KINDS, Factors, adapted, attach, calibrate, check, fold, legal, released
+from smidgen.quant.transforms.alpha import KINDS, adapted, check, legal, released
 from smidgen.quant.transforms.equalize import Equalization
+from smidgen.quant.transforms.factors import Factors, attach, calibrate, fold
 from smidgen.quant.transforms.quadapter import Quadapter, finetune
 from smidgen.quant.transforms.smoothquant import SmoothQuant, smooth
 from smidgen.run import Run
@@ -129,8 +130,8 @@ def with_factors(family, generator):
         model = load_model(family(name), torch.float32, CPU).double()
         check(model, kinds)
         layers = simulate(model, scheme)
-        with alpha._bare(model, layers) as blocks:
-            sites = {f"{b.name}.{f.before}": int(alpha._source(b, f).max()) + 1 for b in blocks for f in legal(b, kinds)}
+        with alpha.bare(model, layers) as blocks:
+            sites = {f"{b.name}.{f.before}": int(alpha.source_of(b, f).max()) + 1 for b in blocks for f in legal(b, kinds)}
         draw = {n: spread * torch.randn(k, generator=generator, dtype=torch.float64) for n, k in sites.items()}
         attach(model, layers, Factors({n: a - a.mean() for n, a in draw.items()}))
         return model, layers
@@ -456,7 +457,7 @@ def test_blocks_calibrated_lose_less_and_keep_their_weights(name, family, tokens
 
 
 def hashed_bare(model, layers):
-    with alpha._bare(model, layers):
+    with alpha.bare(model, layers):
         return hashed(model)
 
 

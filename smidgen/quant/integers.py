@@ -41,7 +41,7 @@ from smidgen.quant.solvers import BOA, GPTQ, AdaRound
 from smidgen.quant.starts import Start
 from smidgen.quant.static import in_runtime, written
 from smidgen.quant.training import EXACT, measuring, split, train
-from smidgen.quant.transforms import alpha
+from smidgen.quant.transforms.factors import fold
 from smidgen.quant.transforms.quadapter import centre, finetune
 from smidgen.report import write_report
 from smidgen.run import Run
@@ -77,7 +77,7 @@ def main(config: "Config", run: Run) -> dict[str, Any]:
     before = clipping(model, layers, held_out)
     kept = finetuned(config, model, layers, learnt, held_out, texts, teacher, run) if config.finetune else None
     log_reaches(run, before, clipping(model, layers, held_out), scheme_of(config).activations)
-    alpha.fold(model, layers, source.dtype())
+    fold(model, layers, source.dtype())
     if config.rounding != "nearest":
         rounded(config, model, layers, learnt, source.name, run)
     seconds, peak = time.monotonic() - started, peak_bytes(device)

@@ -41,7 +41,7 @@ from smidgen.quant.starts import AUTO, FACTORS, Method, Start
 from smidgen.quant.static import in_runtime, written
 from smidgen.quant.trained import TRAINED, save
 from smidgen.quant.training import EXACT, measuring, range_groups, split, train, weight_groups
-from smidgen.quant.transforms import alpha
+from smidgen.quant.transforms.factors import fold
 from smidgen.quant.transforms.quadapter import Quadapter
 from smidgen.run import Run
 from smidgen.texts import windows
@@ -216,7 +216,7 @@ def simulated(
     start = Start(config.start, config.sites, quadapter=config.quadapter)
     factors = start.factors(source, tokens, config.scheme(), run, model.device, config.factors)
     layers = start.simulated(model, tokens, config.scheme(), factors, config.ranges, config.link)
-    alpha.fold(model, layers, torch.float32)
+    fold(model, layers, torch.float32)
     for name, quant in layers.items():
         if not bool(quant.weight.isfinite().all()):
             raise UserError(f"{name}: its weights are not finite; the model is damaged")

@@ -23,6 +23,7 @@ from smidgen.quant.simulate import QuantLinear, Scheme, simulate
 from smidgen.quant.transforms import alpha
 from smidgen.quant.transforms.clip import Clip
 from smidgen.quant.transforms.equalize import Equalization
+from smidgen.quant.transforms.factors import Factors, attach, calibrate
 from smidgen.quant.transforms.quadapter import Quadapter
 from smidgen.quant.transforms.smoothquant import SmoothQuant
 from smidgen.run import Run
@@ -52,7 +53,7 @@ class Start:
         run: Run,
         device: torch.device,
         folder: Path | None = None,
-    ) -> alpha.Factors | None:
+    ) -> Factors | None:
         """What the method finds block by block, kept in `folder`; None if it does not go through the blocks."""
         if self.method in ("min-max", "mse"):
             return None
@@ -65,7 +66,7 @@ class Start:
             found = closed[self.method]
         assert found is not None
         skeleton = source.skeleton(device)
-        return alpha.calibrate(source, skeleton, tokens, found, scheme, run, device, self.kinds(skeleton), folder)
+        return calibrate(source, skeleton, tokens, found, scheme, run, device, self.kinds(skeleton), folder)
 
     def kinds(self, skeleton: PreTrainedModel) -> tuple[str, ...]:
         """Of the sites; a UserError where the model cannot have them."""
@@ -84,14 +85,14 @@ class Start:
         model: PreTrainedModel,
         tokens: Int[Tensor, "n length"],
         scheme: Scheme,
-        factors: alpha.Factors | None,
+        factors: Factors | None,
         kind: Kind = "min-max",
         link: Link = "exp",
     ) -> dict[str, QuantLinear]:
         """Simulates the float `model` in place, with what `factors` found and with static ranges."""
         layers = simulate(model, scheme)
         if factors is not None:
-            alpha.attach(model, layers, factors)
+            attach(model, layers, factors)
         if factors is None or not factors.shrink:
             observe(model, layers, tokens)
         fix_ranges(layers, "mse" if self.method == "mse" else "min-max", kind, link)
