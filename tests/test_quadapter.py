@@ -25,7 +25,7 @@ from smidgen.quant.transforms import equalize, smoothquant
 from smidgen.quant.transforms.alpha import KINDS, adapted, check, legal, released
 from smidgen.quant.transforms.equalize import Equalization
 from smidgen.quant.transforms.factors import Factors, attach, calibrate, fold
-from smidgen.quant.transforms.quadapter import Quadapter, finetune
+from smidgen.quant.transforms.quadapter import Quadapter, centre, finetune
 from smidgen.quant.transforms.smoothquant import SmoothQuant, smooth
 from smidgen.run import Run
 
@@ -451,6 +451,11 @@ def test_blocks_calibrated_lose_less_and_keep_their_weights(name, family, tokens
     assert min(losses[1:]) < losses[0]
     assert hashed_bare(whole, layers) == before  # after both phases
     end = logits(whole, tokens)
+    factors = list({id(q.alpha): q.alpha for q in layers.values() if q.alpha is not None}.values())
+    assert max(abs(float(a.detach().mean())) for a in factors) > 1e-4  # training moved the constant
+    centre(layers)
+    assert max(abs(float(a.detach().mean())) for a in factors) < 1e-6
+    torch.testing.assert_close(logits(whole, tokens), end, rtol=0, atol=0.02 * float(end.abs().max()))
     fold(whole, layers, torch.float32)
     torch.testing.assert_close(logits(whole, tokens), end, rtol=0, atol=0.02 * float(end.abs().max()))
     assert hashed_bare(whole, layers) != before
