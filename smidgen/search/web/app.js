@@ -121,4 +121,4 @@ try {
 } catch {
   $("status").textContent = "The search does not answer. Is it still running?";
 }
-if (box.value) ask(); // typed before this script ran
+if (box.value && !asking) ask(); // typed before this script ran
