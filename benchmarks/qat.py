@@ -90,7 +90,7 @@ def adapted(method: str, setting: str, seed: int, options: argparse.Namespace, s
         export="none",
         finetune_batch=options.batch,
         quadapter=Quadapter(steps=options.block_steps, learning_rate=0.04, init="search"),
-        factors=None if name in ("min-max", "mse") else kept(name, given, setting, seed, scratch),
+        factors=None if name in ("min-max", "mse") else kept(name, given, setting, seed, options, scratch),
         seed=seed,
     )
     config = replace(config, **given)
@@ -112,10 +112,10 @@ def quantized(config: Config, scratch: Path) -> dict[str, Any]:
         return integers.main(config, run)
 
 
-def kept(name: str, given: dict[str, Any], setting: str, seed: int, scratch: Path) -> Path:
+def kept(name: str, given: dict[str, Any], setting: str, seed: int, options: argparse.Namespace, scratch: Path) -> Path:
     """Where the factors of a start are, for all methods that share it."""
     sites = "-".join(given.get("sites", ("norm",)))
-    return scratch / "factors" / f"{setting}-{seed}-{name}-{sites}{'-clip' if given.get('clip') else ''}"
+    return (options.factors or scratch) / f"{setting}-{seed}-{name}-{sites}{'-clip' if given.get('clip') else ''}"
 
 
 def trained(method: str, setting: str, seed: int, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def trained(method: str, setting: str, seed: int, options: argparse.Namespace, s
         evaluate_every=max(1, options.steps // integers.EVALUATIONS),
         patience=integers.EVALUATIONS,
         quadapter=Quadapter(steps=options.block_steps, learning_rate=0.04, init="search"),
-        factors=None if start in ("min-max", "mse") else kept(start, given, setting, seed, scratch),
+        factors=None if start in ("min-max", "mse") else kept(start, given, setting, seed, options, scratch),
         seed=seed,
     )
     config = replace(config, **given)
@@ -210,6 +210,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=2e-5, help="of weights in quantization-aware training")
     parser.add_argument("--range-learning-rate", type=float, default=1e-3)
+    parser.add_argument("--factors", type=Path, help="a folder where factors stay, for runs with the same options")
     parser.add_argument("--results", type=Path, default=RESULTS)
     return parser.parse_args()
 
