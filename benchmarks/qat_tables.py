@@ -23,10 +23,13 @@ METHODS = {
     "mse, GPTQ": "mse+rounding=gptq",
     "mse, BoA": "mse+rounding=boa",
     "mse, AdaRound": "mse+rounding=adaround",
-    "SmoothQuant, best t": "smoothquant+t=best",
+    "SmoothQuant, best t of every block": "smoothquant",
+    "SmoothQuant, one best t": "smoothquant+t=best",
     "SmoothQuant, best t, every site, clip": f"smoothquant+t=best{FULL}+clip=true",
     "Quadapter, phase 1": f"quadapter{FULL}",
+    "Quadapter, phase 1, BoA": f"quadapter{FULL}+rounding=boa",
     "**Quadapter, phases 1 and 2**": BOTH,
+    "**Quadapter, phases 1 and 2, BoA**": f"{BOTH}+rounding=boa",
     "Quadapter, phases 1 and 2, towards the float model": f"{BOTH}+finetune_share=1",
     "the same, BoA": f"{BOTH}+finetune_share=1+rounding=boa",
     "QAT, min-max": "qat+ranges=min-max",
@@ -35,6 +38,7 @@ METHODS = {
     "QAT, beta-gamma, identity": "qat+ranges=beta-gamma+link=identity",
     "QAT, beta-gamma, sigmoid": "qat+ranges=beta-gamma+link=sigmoid",
     "QAT, min-max, from clip": "qat+ranges=min-max+start=clip",
+    "KD-QAT, min-max": "qat+ranges=min-max+teacher=self",
     "KD-QAT, min-max, from clip": "qat+ranges=min-max+start=clip+teacher=self",
     "Quadapter's phase 1, then QAT": f"qat+ranges=min-max+start=quadapter{FULL}",
 }
@@ -61,22 +65,18 @@ def cell(values: list[float], digits: int = 2) -> str:
     return shown if len(values) == 1 else f"{shown} ± {statistics.stdev(values):.{digits}f}"
 
 
-def gaps(rows: Rows, floats: Rows) -> list[float]:
-    """In percent, of the seeds that both have."""
-    lost = [[float(rows[seed][text]) / float(floats[seed][text]) for text in TEXTS] for seed in rows if seed in floats]
-    return [100 * (out / within - 1) for within, out in lost]
-
-
 def table(found: dict[tuple[str, str], Rows], setting: str) -> str:
     """Markdown; methods with no run are left out."""
-    lines = [f"| {setting.upper()} | {' | '.join(TEXTS)} | gap, % | seconds |", "|---" * (len(TEXTS) + 3) + "|"]
-    floats = found.get((setting, "float"), {})
+    lines = [f"| {setting.upper()} | {' | '.join(TEXTS)} | over float, % | gap, % | seeds |", "|---" * (len(TEXTS) + 4) + "|"]
+    floats = next((rows for (_, method), rows in found.items() if method == "float"), {})
+    whole = [float(next(iter(floats.values()))[text]) for text in TEXTS]  # one model, whatever the setting and seed
     for name, method in METHODS.items():
-        rows = found.get((setting, method))
+        rows = floats if method == "float" else found.get((setting, method))
         if rows:
-            texts = (cell([float(row[text]) for row in rows.values()]) for text in TEXTS)
-            seconds = cell([float(row["seconds"]) for row in rows.values()], 0)
-            lines.append(f"| {name} | {' | '.join(texts)} | {cell(gaps(rows, floats), 1)} | {seconds} |")
+            values = [[float(row[text]) for row in rows.values()] for text in TEXTS]
+            over = [100 * (statistics.mean(v) / w - 1) for v, w in zip(values, whole, strict=True)]
+            gaps = [100 * (out / whole[1] / (within / whole[0]) - 1) for within, out in zip(*values, strict=True)]
+            lines.append(f"| {name} | {' | '.join(map(cell, values))} | {over[0]:+.1f} / {over[1]:+.1f} | {cell(gaps, 1)} | {len(rows)} |")
     return "\n".join(lines)
 
 
