@@ -13,6 +13,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from smidgen.quant import integers
 from smidgen.quant.checkpoint import Checkpoint
 from smidgen.quant.export import onnx_qdq
 from smidgen.quant.quantize import Config, main
-from smidgen.quant.transforms.quadapter import Quadapter
+from smidgen.quant.transforms.quadapter import SEARCHED
 from smidgen.run import Run
 
 RESULTS = Path(__file__).parent / "results" / "integers.csv"
@@ -44,9 +45,10 @@ def written(name: str, options: argparse.Namespace, folder: Path) -> tuple[Path,
         with Run("quantize", config, folder) as run:
             main(config, run)
         return folder / "onnx", None
-    quadapter = Quadapter(steps=options.block_steps, learning_rate=0.04, init="search")
+    quadapter = replace(SEARCHED, steps=options.block_steps)
     config = Config(
         **common, method="quadapter", bits=int(name[1]), activations=8, sites=SITES, quadapter=quadapter, eval_windows=options.windows,
+        factors=options.factors and options.factors / f"{name}-0-quadapter-norm-heads-product",
         evaluate=(text(options, options.text),), rounding="nearest" if name == "w8a8" else "boa",
     )  # fmt: skip
     with Run("quantize", config, folder) as run:
@@ -82,9 +84,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--calibration", default="wikitext2_calibration")
     parser.add_argument("--text", default="wikitext2_test")
-    parser.add_argument("--sequences", type=int, default=16)
+    parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--windows", type=int, default=4)
-    parser.add_argument("--block-steps", type=int, default=0, help="of Quadapter's first phase; 0: its start alone")
+    parser.add_argument("--block-steps", type=int, default=SEARCHED.steps, help="of Quadapter's first phase; 0: its start alone")
+    parser.add_argument("--factors", type=Path, help="a folder of benchmarks/qat.py --factors; hours on two cores without")
     return parser.parse_args()
 
 

@@ -33,7 +33,7 @@ from smidgen.quant.checkpoint import Checkpoint
 from smidgen.quant.evaluate import perplexity
 from smidgen.quant.quantize import Config
 from smidgen.quant.training import EXACT
-from smidgen.quant.transforms.quadapter import Quadapter
+from smidgen.quant.transforms.quadapter import SEARCHED
 from smidgen.quant.transforms.smoothquant import SmoothQuant
 from smidgen.run import Run
 from smidgen.texts import windows
@@ -89,7 +89,7 @@ def adapted(method: str, setting: str, seed: int, options: argparse.Namespace, s
         eval_windows=options.windows,
         export="none",
         finetune_batch=options.batch,
-        quadapter=Quadapter(steps=options.block_steps, learning_rate=0.04, init="search"),
+        quadapter=replace(SEARCHED, steps=options.block_steps),
         factors=None if name in ("min-max", "mse") else kept(name, given, setting, seed, options, scratch),
         seed=seed,
     )
@@ -141,7 +141,7 @@ def trained(method: str, setting: str, seed: int, options: argparse.Namespace, s
         range_learning_rate=options.range_learning_rate,
         evaluate_every=max(1, options.steps // integers.EVALUATIONS),
         patience=integers.EVALUATIONS,
-        quadapter=Quadapter(steps=options.block_steps, learning_rate=0.04, init="search"),
+        quadapter=replace(SEARCHED, steps=options.block_steps),
         factors=None if start in ("min-max", "mse") else kept(start, given, setting, seed, options, scratch),
         seed=seed,
     )
@@ -206,7 +206,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=24)
     parser.add_argument("--steps", type=int, default=200, help="of quantization-aware training")
-    parser.add_argument("--block-steps", type=int, default=300, help="of Quadapter's first phase, per block")
+    parser.add_argument("--block-steps", type=int, default=SEARCHED.steps, help="of Quadapter's first phase, per block")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=2e-5, help="of weights in quantization-aware training")
     parser.add_argument("--range-learning-rate", type=float, default=1e-3)

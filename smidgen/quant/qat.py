@@ -42,7 +42,7 @@ from smidgen.quant.static import in_runtime, written
 from smidgen.quant.trained import TRAINED, save
 from smidgen.quant.training import EXACT, measuring, range_groups, split, train, weight_groups
 from smidgen.quant.transforms.factors import fold
-from smidgen.quant.transforms.quadapter import Quadapter
+from smidgen.quant.transforms.quadapter import SEARCHED, Quadapter
 from smidgen.run import Run
 from smidgen.texts import windows
 
@@ -112,7 +112,7 @@ class Config(FitConfig, Source):
     "Folder of the run; by default a new one under runs/qat."
     device: Literal["auto", "cpu", "cuda"] = "auto"
     "Where to compute."
-    quadapter: Quadapter = Quadapter(init="search")
+    quadapter: Quadapter = SEARCHED
 
     def check(self, evaluates: bool = True) -> None:
         """Refuses what cannot work."""

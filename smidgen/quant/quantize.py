@@ -30,7 +30,7 @@ from smidgen.quant.recipes import recipe
 from smidgen.quant.solve import Grids, quantize
 from smidgen.quant.solvers import AESPA, BOA, GPTQ, RTN
 from smidgen.quant.statistics import StatsFolder
-from smidgen.quant.transforms.quadapter import Quadapter
+from smidgen.quant.transforms.quadapter import SEARCHED, Quadapter
 from smidgen.quant.transforms.rotation import rotate
 from smidgen.quant.transforms.smoothquant import SmoothQuant
 from smidgen.report import write_report
@@ -111,7 +111,7 @@ class Config:
     gptq: GPTQ = GPTQ()
     boa: BOA = BOA()
     aespa: AESPA = AESPA()
-    quadapter: Quadapter = Quadapter(init="search")
+    quadapter: Quadapter = SEARCHED
     smoothquant: SmoothQuant = SmoothQuant()
 
     def solver(self, known: bool = True) -> RTN | GPTQ:

@@ -24,7 +24,7 @@ from smidgen.quant.transforms import alpha
 from smidgen.quant.transforms.clip import Clip
 from smidgen.quant.transforms.equalize import Equalization
 from smidgen.quant.transforms.factors import Factors, attach, calibrate
-from smidgen.quant.transforms.quadapter import Quadapter
+from smidgen.quant.transforms.quadapter import SEARCHED, Quadapter
 from smidgen.quant.transforms.smoothquant import SmoothQuant
 from smidgen.run import Run
 
@@ -43,7 +43,7 @@ class Start:
     clip: bool = False
     "Ranges that clip after smoothquant or equalize, too."
     smoothquant: SmoothQuant = SmoothQuant()
-    quadapter: Quadapter = Quadapter(init="search")
+    quadapter: Quadapter = SEARCHED
 
     def factors(
         self,

@@ -100,6 +100,10 @@ class Quadapter:
                 site.set(site.a)
 
 
+SEARCHED = Quadapter(steps=100, learning_rate=0.04, init="search")
+"What the commands do, and docs/activations.md measures: from a searched start a hundred steps are left to gain by."
+
+
 def finetune(
     model: torch.nn.Module, layers: dict[str, QuantLinear], rate: float = 1e-3, kind: Kind = "min-max", link: Link = "exp"
 ) -> list[dict[str, Any]]:
