@@ -4,7 +4,7 @@
     python benchmarks/symbolic.py --tasks word-problem --models s2g-cnn s2g-cnn+carry=true@sharpen=0.02 --seeds 0 1 2 3 4
     python benchmarks/symbolic.py --tasks addition --models s2g-cnn+guided=true     # the toy whose alignment is given
     python benchmarks/symbolic.py --workers 3 --gpus 4                    # twelve trainings at a time; what --results has is not run again
-    python benchmarks/symbolic.py --summary                               # mean, deviation and best over seeds, and what bAbI is solved
+    python benchmarks/symbolic_tables.py                                  # mean, deviation and best over seeds, and what bAbI is solved
 
 A model is one of `smidgen symbolic train`, with options after + and settings of the training after @ (curriculum, sharpen, steps, batch,
 learning_rate, questions, ...). Batches of 256, a warm-up, and bfloat16 in the grid network, are a GPU's version of the authors' 64,000
@@ -18,12 +18,10 @@ the one best on 1,000 dev questions. Training questions are the same for all see
 
 import argparse
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -189,32 +187,6 @@ def late(options: argparse.Namespace) -> bool:
     return options.begin_within is not None and time.monotonic() - STARTED > options.begin_within
 
 
-def summary(path: Path) -> None:
-    """Mean, deviation and best over seeds, per task, model and split; and how many bAbI tasks are solved."""
-    rows = read(path)
-    cells: dict[tuple[str, str, str, str], list[dict[str, str]]] = defaultdict(list)
-    for row in rows:
-        cells[row["task"], row["model"], row["split"], row["group"]].append(row)
-    extra = ("hard", "exact", "answered", "answered_right")
-    print(
-        f"{'task':16} {'model':40} {'split':4} {'group':28} {'seeds':>5} {'mean':>7} {'sd':>6} {'best':>7}",
-        *(f"{name:>14}" for name in extra),
-    )
-    for (task, model, split, group), found in sorted(cells.items()):
-        accuracy = [100 * float(row["accuracy"]) for row in found]
-        deviation = statistics.stdev(accuracy) if len(accuracy) > 1 else 0.0
-        means = [[100 * float(row[name]) for row in found if row.get(name)] for name in extra]
-        last = [f"{statistics.mean(values):14.1f}" if values else " " * 14 for values in means]
-        figures = f"{len(accuracy):5} {statistics.mean(accuracy):7.1f} {deviation:6.1f} {max(accuracy):7.1f}"
-        print(f"{task:16} {model:40} {split:4} {group:28} {figures}", *last)
-    solved: dict[tuple[str, str, str], int] = defaultdict(int)
-    for row in rows:
-        if row["task"] == "babi:joint" and row["group"] != ALL:
-            solved[row["model"], row["seed"], row["steps"]] += float(row["accuracy"]) >= SOLVED
-    for (model, seed, steps), count in sorted(solved.items()):
-        print(f"bAbI, {model}, seed {seed}, {steps} steps: {count} of 20 tasks solved")
-
-
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -237,7 +209,6 @@ def arguments() -> argparse.Namespace:
         "--begin-within", type=float, metavar="SECONDS", help="begin no training later than that; repeat the command for the rest"
     )
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    parser.add_argument("--summary", action="store_true", help="of the results there are; runs nothing")
     options = parser.parse_args()
     if min(options.steps, options.batch, options.questions, options.test, options.gpus, options.workers) < 1:
         parser.error("numbers must be positive")
@@ -267,4 +238,4 @@ def main(options: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     options = arguments()
-    summary(options.results) if options.summary else main(options)
+    main(options)
