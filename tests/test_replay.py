@@ -50,6 +50,19 @@ def test_a_graph_is_recorded_once_per_shape_and_constant():
 
 
 @cuda
+def test_what_cannot_be_recorded_is_called():
+    @replayed
+    def waits(x: torch.Tensor, times: int) -> torch.Tensor:
+        return x * times if bool(x.sum() > 0) else -x  # the branch needs the value
+
+    with pytest.warns(UserWarning, match="not recorded"):
+        assert torch.equal(waits(torch.ones(3, device="cuda"), 2).cpu(), torch.full((3,), 2.0))
+    assert torch.equal(waits(-torch.ones(3, device="cuda"), 2).cpu(), torch.ones(3))
+    with pytest.warns(UserWarning, match="not recorded"):  # another shape: the first one's memory is not shared
+        assert torch.equal(waits(torch.ones(4, device="cuda"), 2).cpu(), torch.full((4,), 2.0))
+
+
+@cuda
 @pytest.mark.parametrize("solver", [GPTQ(passes=2), BOA(passes=1), AESPA(steps=50), BOA(row_order=False, act_order=False)], ids=str)
 @pytest.mark.parametrize("group", [None, 64])
 def test_a_device_loses_what_a_processor_loses(solver, group):

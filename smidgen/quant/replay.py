@@ -5,6 +5,7 @@ longer than that. Every block of a model has the same shapes, so the loop is cap
 A simulated model starts fifty kernels per layer, of which a graph makes one launch per pass.
 """
 
+import warnings
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar, cast
@@ -33,15 +34,18 @@ def replayed(function: F) -> F:
         if key not in graphs:
             if len(graphs) == CAPTURED:
                 graphs.pop(next(iter(graphs)))
-            beside = next(iter(graphs.values()), None)  # in the same memory: no two run at once
-            graphs[key] = Graph(function, args, beside and beside.recorded.graph.pool())
+            beside = next((g.recorded.graph for g in graphs.values() if g.recorded.replays), None)  # in the same memory: no two run at once
+            graphs[key] = Graph(function, args, beside and beside.pool())
         return graphs[key](tensors)
 
     return cast(F, call)
 
 
 class Recorded:
-    """A function without arguments, which reads and writes tensors that stay where they are: its kernels, recorded on its second run."""
+    """A function without arguments, which reads and writes tensors that stay where they are: its kernels, recorded on its second run.
+
+    What cannot be recorded (a model whose code waits for the device, say) is called every time instead; it is only slower.
+    """
 
     def __init__(self, function: Callable[[], Any], pool: Any = None) -> None:
         """`pool`: memory that other graphs compute in too; by default its own, which it gives back."""
@@ -50,12 +54,22 @@ class Recorded:
         with torch.cuda.stream(side):  # libraries set themselves up at their first call, which cannot be recorded
             function()
         torch.cuda.current_stream().wait_stream(side)
+        self.function = function
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
-            self.outputs = function()
+        self.replays = True
+        try:
+            with torch.cuda.graph(self.graph, pool=pool):
+                self.outputs = function()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # torch has no narrower one for what a capture does not permit
+            warnings.warn(f"not recorded as a CUDA graph, hence slower: {str(error).splitlines()[0]}", stacklevel=2)
+            self.replays = False
 
     def __call__(self) -> Any:
-        """What the function returns, in the same memory every time."""
+        """What the function returns, where it was recorded in the same memory every time."""
+        if not self.replays:
+            return self.function()
         self.graph.replay()
         return self.outputs
 

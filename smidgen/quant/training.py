@@ -49,7 +49,12 @@ def train(
     loss, batches = prediction_loss(teacher, share), shuffled(tokens, batch, config.seed)
     device = next(model.parameters()).device
     if device.type == "cuda" and config.accumulation == 1 and os.environ.get("WORLD_SIZE", "1") == "1":
-        loss = graphed(loss, model, groups, batches(0).to(device), config.products(device))
+        try:
+            loss = graphed(loss, model, groups, batches(0).to(device), config.products(device))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # torch has no narrower one for what a capture does not permit
+            run.say(f"warning: not recorded as CUDA graphs, hence slower: {str(error).splitlines()[0]}")
     return fit(model, loss, batches, config, run, groups=groups, evaluate=evaluate)
 
 
