@@ -160,7 +160,7 @@ def teachers(bench: Bench, seed: int) -> Iterator[dict]:
             kept, held_out = hold_out(bench.queries, seed)
             chosen = teacher.choose(start, bench.features, kept, held_out, config, run)
             weight, lift = teacher.pick(chosen)
-            print("held-out MRR@10 by weight and lift:", {pair: round(value, 4) for pair, value in chosen.items()})
+            print("held-out MRR@10 and hit@10 by weight and lift:", {pair: np.round(values, 4).tolist() for pair, values in chosen.items()})
         end = teacher.train(start, bench.features, bench.queries, config, run, 1.0)
         folder = run.partial("artifact")
         save(folder, teacher.between(start, end, weight))

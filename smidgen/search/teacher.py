@@ -5,8 +5,9 @@
 A pre-trained encoder is fine-tuned (contrastive.py). Few data pull a network away from what it knew of language, so the result lies between
 the start and the end of training: (1 - w) start + w end. w is chosen by features that training has not seen: they are dealt into five
 folds, a network is trained without the queries of one fold, and the w is taken that ranks those queries, and some kept back of other
-features, best (MRR@10). So is the lift of features without examples (relevance.py). Then training is repeated with all features. What was
-kept back stays so, for distill's table and threshold.
+features, best (MRR@10). The lift of features without examples (relevance.py) is what brings most of both among the first ten: those that
+nobody gave an example for are to be found at all, before others are found a place higher. Then training is repeated with all features.
+What was kept back stays so, for distill's table and threshold.
 """
 
 import json
@@ -50,7 +51,8 @@ WARMUP = 0.1  # of the updates
 LIFTS = (1.0, 1.05, 1.1, 1.15, 1.2)
 RELEVANCE = "relevance.json"  # beside them: {"version", "lift"}
 Parts = Mapping[str, Sequence[Query]]
-Choices = dict[tuple[float, float], float]
+Choices = dict[tuple[float, float], tuple[float, float]]
+"MRR@10 and hit@10 for a weight and a lift."
 
 
 @Parameter(name="*")
@@ -141,7 +143,7 @@ def main(config: Config, run: Run) -> dict[str, Any]:
     return run.finish(
         interpolation=weight,
         lift=lift,
-        held_out_mrr={w: max(mrr for (other, _), mrr in chosen.items() if other == w) for w, _ in chosen},
+        held_out_mrr={w: max(mrr for (other, _), (mrr, _) in chosen.items() if other == w) for w, _ in chosen},
         features=len(features),
         queries=len(queries),
         parameters=sum(p.numel() for p in teacher.model.parameters()),
@@ -206,11 +208,11 @@ def train(start: Encoder, features: Sequence[Feature], queries: Sequence[Query],
 def choose(
     start: Encoder, features: Sequence[Feature], queries: Sequence[Query], held_out: Sequence[Query], config: Config, run: Run
 ) -> Choices:
-    """MRR@10 on held-out queries for every weight and lift, mean over folds and over queries of features seen and not seen."""
+    """On held-out queries for every weight and lift, mean over folds and over queries of features seen and not seen."""
     assert isinstance(start.model, Bert)
     if not queries:
         raise UserError("without example queries no weight can be chosen; give --queries, or --interpolation, 0.5 for example")
-    found: dict[tuple[float, float], list[float]] = {(w, lift): [] for w in WEIGHTS for lift in LIFTS}
+    found: dict[tuple[float, float], list[list[float]]] = {(w, lift): [] for w in WEIGHTS for lift in LIFTS}
     for fold in range(config.folds):
         kept, parts = split(features, queries, held_out, fold, config.seed)
         end = train(start, features, kept, config, run, 1.0)
@@ -222,13 +224,15 @@ def choose(
                 bank = with_examples(texts, encoder, features, kept, lift)
                 ranked = {name: by_kind(relevance(u, bank).cpu().numpy(), parts[name], features)["all"] for name, u in asked.items()}
                 run.log(fold=fold, weight=weight, lift=lift, **{f"{name} {k}": v for name, part in ranked.items() for k, v in part.items()})
-                found[weight, lift].append(float(np.mean([part["mrr@10"] for part in ranked.values()])))
-    return {pair: float(np.mean(values)) for pair, values in found.items()}
+                found[weight, lift] += [[part["mrr@10"], part["hit@10"]] for part in ranked.values()]
+    means = {pair: np.mean(values, 0) for pair, values in found.items()}
+    return {pair: (float(mrr), float(hit)) for pair, (mrr, hit) in means.items()}
 
 
 def pick(choices: Choices) -> tuple[float, float]:
-    """The weight and the lift of the highest MRR@10; of equal ones the least."""
-    return max(choices, key=lambda pair: (choices[pair], -pair[0], -pair[1]))
+    """The weight of the highest MRR@10 at any lift, and the lift of its highest hit@10; of equal ones the least."""
+    weight, _ = max(choices, key=lambda pair: (choices[pair][0], -pair[0]))
+    return max((pair for pair in choices if pair[0] == weight), key=lambda pair: (choices[pair][1], -pair[1]))
 
 
 def between(start: Encoder, end: Encoder, weight: float) -> Encoder:
