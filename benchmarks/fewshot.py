@@ -12,11 +12,11 @@
 Every table, method, setting and seed can be a process of its own, with a --results file of its own: a row per test set and query balance.
 A method is one of `smidgen fewshot train`, with options after + ("btaml+omega=false") and, after @, shots to train with ("tpn@5";
 "@higher": 5 for 1, 10 for 5). Rows come besides, without more training, of
-    protonet   "label-propagation", over its backbone, with sigma chosen on validation tasks (unlearned: notes 5.1)
+    protonet   "label-propagation", over its backbone, with sigma chosen on validation tasks (unlearned)
     tpn, label propagation, where queries are Dirichlet: "... rebalanced", strength chosen on Dirichlet tasks of the validation classes
     btaml      "btaml mean", by the mean of phi in place of ten samples
 
-Recipes (notes 2.4, 3.5, 4.2, 4.4; what is ours is marked *)
+Recipes (what is ours is marked *)
     omniglot, cifar-fs   Adam 1e-3; TPN's is halved every 10,000 of 210,000 tasks and tested after 5 to 8 halvings. Here* --steps updates of
                          --tasks tasks, halved three times over them, for every method alike; CIFAR-FS images, being few, are cropped and
                          mirrored*; the state of the best of 20 validations is kept. TPN's sigma starts at 0.3*, "tpn+start=0.0" as drawn

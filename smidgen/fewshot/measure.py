@@ -21,7 +21,7 @@ from smidgen.fewshot.episodes import Episode, Tasks, accuracy
 from smidgen.fewshot.methods import Shows, Validates
 from smidgen.run import Run
 
-BINS = ((1, 1), (2, 5), (6, 10), (11, 20), (21, 30), (31, 40), (41, 50))  # shots, in tables and figures (notes 3.6)
+BINS = ((1, 1), (2, 5), (6, 10), (11, 20), (21, 30), (31, 40), (41, 50))  # shots, in tables and figures
 INSIDES = 200  # episodes whose insides are kept
 Z = 1.96  # standard deviations to either side that hold 95% of a normal distribution
 
@@ -117,7 +117,7 @@ def predicted(
 
 
 def norm_mode(method: nn.Module) -> str:
-    """What batch norm normalises by at test time: statistics of the training, or of the batch, queries and all (notes 1.3)."""
+    """What batch norm normalises by at test time: statistics of the training, or of the batch, queries and all."""
     from smidgen.fewshot.methods.inner import Classifier
 
     norms = [m for m in method.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm | Classifier)]

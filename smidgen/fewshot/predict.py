@@ -10,9 +10,9 @@ sees the images themselves. All images make one task: where a method lets querie
 statistics), an image's class depends on the others given with it; prototypes and simpleshot judge each one alone.
 
     prototypes          p(class | x) = softmax( -t |z - c|^2 )      z: features of length 1; c: mean z of the class's support
-    simpleshot          the same, z less the mean feature of the support first (notes 5.1; the paper takes the mean of base classes,
+    simpleshot          the same, z less the mean feature of the support first (the paper takes the mean of base classes,
                         which a backbone brought from elsewhere does not tell)
-    label-propagation   over simpleshot's z; images vote for each other along their likeness (notes 2.3)
+    label-propagation   over simpleshot's z; images vote for each other along their likeness
 
 Squared distances of such z lie between 0 and 4, so that t = 1 would call nothing certain; t = 10 is a choice of ours.
 

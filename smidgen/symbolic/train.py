@@ -38,7 +38,7 @@ from smidgen.symbolic.tasks import Batch, Task, open_task
 EVALUATIONS = 20  # of a training, where their interval is not given
 VALIDATION = 1  # added to the seed for the questions of validation
 BUCKETS = 32  # of questions read as words, whose lengths differ a lot
-BETAS = {False: (0.85, 0.997), True: (0.9, 0.98)}  # of Adam, for sequences and for labels (section 4)
+BETAS = {False: (0.85, 0.997), True: (0.9, 0.98)}  # of Adam, for sequences and for labels
 TIE = 1e-5  # weight of doubt among states with as many errors
 EPSILON = {False: 1e-6, True: 1e-9}
 
