@@ -5,7 +5,7 @@ import shlex
 
 from smidgen.report.finished import Finished
 from smidgen.report.page import Cell, Section, Table
-from smidgen.report.words import flatten, label, number, quantity
+from smidgen.report.words import flatten, label, number, quantity, unit
 
 
 def generic(run: Finished) -> list[Section]:
@@ -16,7 +16,8 @@ def generic(run: Finished) -> list[Section]:
 
 def facts(run: Finished, shown: set[str]) -> dict[str, str]:
     """The metrics not shown elsewhere, with their units."""
-    return {label(path): quantity(path[0], value) for path, value in flatten(run.metrics).items() if path[0] not in shown}
+    named = {path: next((part for part in path if unit(part)), path[0]) for path in flatten(run.metrics) if path[0] not in shown}
+    return {label(path): quantity(named[path], value) for path, value in flatten(run.metrics).items() if path in named}
 
 
 def provenance(run: Finished) -> list[Section]:
