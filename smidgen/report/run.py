@@ -1,6 +1,5 @@
 """What the page of any run has: its metrics, and how it was made."""
 
-import re
 import shlex
 
 from smidgen.report.finished import Finished
@@ -34,7 +33,5 @@ def provenance(run: Finished) -> list[Section]:
 
 
 def again(run: Finished) -> str:
-    """The command that repeats a run; into a new folder where the run's own was chosen by name."""
-    named = re.search(r"^output: (?!null$)", run.config, re.MULTILINE)
-    output = ["--output", f"{run.folder}-again"] if named else []
-    return shlex.join(["smidgen", *run.job.split(), "--config", str(run.folder / "config.yaml"), *output])
+    """The command that repeats a run, in a new folder."""
+    return shlex.join(["smidgen", *run.job.split(), "--config", str(run.folder / "config.yaml")])

@@ -122,20 +122,10 @@ class Config:
 
     def fit(self) -> FitConfig:
         """What the training loop has to know; it keeps the best state only if it has patience, so it has enough for all validations."""
-        return FitConfig(
-            steps=self.steps,
-            learning_rate=self.learning_rate,
-            schedule=self.schedule,
-            warmup=self.warmup,
-            weight_decay=self.weight_decay,
-            clip=self.clip,
-            accumulation=self.accumulation,
-            precision=self.precision,
+        return FitConfig.of(
+            self,
             evaluate_every=max(1, self.steps // EVALUATIONS) if self.validate_every is None else self.validate_every,
             patience=self.steps + 2 if self.patience is None else self.patience,
-            checkpoint_every=self.checkpoint_every,
-            seed=self.seed,
-            resume=self.resume,
         )
 
 
