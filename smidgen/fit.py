@@ -31,7 +31,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
-from smidgen.errors import UserError
+from smidgen.errors import UserError, check_seed
 from smidgen.precision import forward_precision
 from smidgen.run import PARTIAL, Run
 
@@ -103,8 +103,9 @@ class FitConfig:
             raise UserError(f"--warmup must be between 0 and the {self.steps} steps, got {self.warmup}")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise UserError(f"--learning-rate must be positive, got {self.learning_rate}")
-        if not 0 <= self.seed < 2**31:
-            raise UserError(f"--seed must be between 0 and 2147483647, got {self.seed}")
+        check_seed(self.seed)
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise UserError(f"--weight-decay must not be negative, got {self.weight_decay}")
         if (self.patience is not None or self.keep_best) and not evaluates:
             name = "keep-best" if self.patience is None else "patience"
             raise UserError(f"--{name} needs held-out data to measure; give some, or leave it out")

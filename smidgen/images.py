@@ -37,6 +37,10 @@ SPLIT_NAMES = {"class_split_lake": ("background", "evaluation")}  # of arrays th
 SYNONYMS = {"validation": "val", "valid": "val"}
 
 
+class NoSplit(UserError):
+    """A split was asked for that the images do not have."""
+
+
 @dataclass(frozen=True)
 class Images:
     """A set of labelled images, on the device where they are used; uint8 (height, width, channels) as stored."""
@@ -145,7 +149,7 @@ def _class_folders(source: Path, split: str | None) -> dict[str, list[Path]]:
         names = {SYNONYMS.get(f.name, f.name): f for f in _folders(source)}
         root = names.get(SYNONYMS.get(split, split), source)
         if root == source:
-            raise UserError(f"{source} has no split {split!r}; its folders are {_some(sorted(names))}")
+            raise NoSplit(f"{source} has no split {split!r}; its folders are {_some(sorted(names))}")
     found = {f.name: sorted(i for i in f.iterdir() if _is_image(i)) for f in _folders(root)}
     if not found:
         raise UserError(f"{root}: no class folders in it; put the images of every class into a folder named after the class")
@@ -169,10 +173,10 @@ def _listed(source: Path, split: str | None) -> dict[str, list[Path]]:
         raise UserError(f"{source}: needs a first line path,label and a line per image")
     if split is not None:
         if "split" not in rows[0]:
-            raise UserError(f"{source} has no column split to choose {split!r} by")
+            raise NoSplit(f"{source} has no column split to choose {split!r} by")
         names = [SYNONYMS.get(row["split"] or "", row["split"] or "") for row in rows]
         if SYNONYMS.get(split, split) not in names:
-            raise UserError(f"{source} has no split {split!r}; it has {_some(sorted(set(names)))}")
+            raise NoSplit(f"{source} has no split {split!r}; it has {_some(sorted(set(names)))}")
         rows = [row for row, name in zip(rows, names, strict=True) if name == SYNONYMS.get(split, split)]
     found: dict[str, list[Path]] = {}
     for line, row in enumerate(rows, start=2):
@@ -348,7 +352,7 @@ def _split(source: Path, arrays: dict[str, np.ndarray], split: str, classes: int
     asked = ":".join(SYNONYMS.get(part, part) for part in split.split(":"))
     found = offered.get(asked, [])
     if not found:
-        raise UserError(
+        raise NoSplit(
             f"{source} has no split {split!r}; " + (f"it has {_some(sorted(offered))}" if offered else "it holds no split at all")
         )
     if len(found) > 1:
@@ -383,4 +387,4 @@ def _distinct(name: str, classes: Iterable[str]) -> None:
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return (", ".join(names[:8]) or "none") + (f" and {len(names) - 8} more" if len(names) > 8 else "")

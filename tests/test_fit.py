@@ -305,6 +305,7 @@ def test_a_loss_that_is_not_finite_is_named(run):
         ({"decay": 0.3}, "--decay and --decay-every are of --schedule steps, not of cosine"),
         ({"schedule": "steps", "decay_every": 0}, "--decay-every must be positive"),
         ({"clip": -1.0}, "--clip"),
+        ({"weight_decay": -0.1}, "--weight-decay must not be negative, got -0.1"),
     ],
 )
 def test_settings(run, change, line):
