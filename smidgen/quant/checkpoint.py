@@ -121,11 +121,12 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     except ValueError as error:  # of an architecture that continues no text
         raise UserError(f"{folder}: {str(error).splitlines()[0]}") from error
-    if found["missing_keys"]:
-        raise UserError(f"{folder}: the weights lack {min(found['missing_keys'])}, which the architecture {model.config.model_type} needs")
+    model, lacking = loaded[0], loaded[1]["missing_keys"]
+    if lacking:
+        raise UserError(f"{folder}: the weights lack {min(lacking)}, which the architecture {model.config.model_type} needs")
     return model.to(device).eval()
 
 
