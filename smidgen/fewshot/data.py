@@ -1,8 +1,9 @@
 """Images of training and evaluation, by name and split."""
 
+from smidgen.arrays import NoSplit
 from smidgen.errors import UserError
 from smidgen.fewshot.glyphs import SIZE, glyphs
-from smidgen.images import Images, NoSplit, load
+from smidgen.images import Images, load
 
 GLYPHS = "glyphs"  # the set that comes with the package
 Shape = tuple[int, int, int]
