@@ -18,7 +18,6 @@ import math
 import os
 import pickle
 import signal
-import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -341,32 +340,6 @@ def shuffled(data: Shaped[Tensor, "*shape"], size: int, seed: int = 0) -> Batche
 def _mixed(seed: int, i: int) -> int:
     """A seed of its own for every i; torch's generator on the processor reads 32 bits of it."""
     return (seed * 2_654_435_761 + i) % 2**32
-
-
-@contextmanager
-def process_run(job: str, config: Any, folder: Path | None = None, label: str = "") -> Iterator[Run]:
-    """The Run of a command that may be one of many processes: the first one's; the others write where nobody looks, silently."""
-    if is_first_process():
-        with Run(job, config, folder, label) as run:
-            yield run
-        return
-    with tempfile.TemporaryDirectory() as scratch, Run(job, config, Path(scratch) / "run") as run:
-        run.console.quiet = True
-        yield run
-
-
-def is_first_process() -> bool:
-    """Whether this is the process that writes and prints; torchrun and accelerate launch number them."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def own_device(device: torch.device) -> torch.device:
-    """This process's one of the devices of that type on its host."""
-    if device.type != "cuda" or "LOCAL_RANK" not in os.environ:
-        return device
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    torch.cuda.set_device(device)
-    return device
 
 
 def _accelerator(device: torch.device) -> Any:

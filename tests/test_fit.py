@@ -250,7 +250,8 @@ import torch
 from pathlib import Path
 from torch import nn
 from test_fit import QUICK, data, squared
-from smidgen.fit import fit, is_first_process, process_run, shuffled
+from smidgen.distributed import is_first_process, process_run
+from smidgen.fit import fit, shuffled
 torch.manual_seed(0)
 torch.set_num_threads(1)
 model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 1)).double()

@@ -18,13 +18,13 @@ from cyclopts import Parameter
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from smidgen.distributed import is_first_process, own_device, process_run
 from smidgen.errors import UserError, check_seed
 from smidgen.fewshot.data import load_images, shape_of
 from smidgen.fewshot.episodes import Queries, Sampler, Shots, Tasks, accuracy
 from smidgen.fewshot.measure import evaluated, insides, norm_mode, predicted, transductive
 from smidgen.fewshot.methods import Shows
 from smidgen.fewshot.models import describe, load, trained_folder
-from smidgen.fit import is_first_process, own_device, process_run
 from smidgen.precision import pick_device
 from smidgen.run import Run
 

@@ -22,6 +22,7 @@ import torch
 from cyclopts import Parameter
 from torch import nn
 
+from smidgen.distributed import is_first_process, own_device, process_run
 from smidgen.errors import UserError
 from smidgen.fewshot.augment import Augment
 from smidgen.fewshot.data import Shape, load_images, shape_of
@@ -33,7 +34,7 @@ from smidgen.fewshot.methods.mxml import MxML
 from smidgen.fewshot.methods.mxml_stages import train_members
 from smidgen.fewshot.models import TRAINED, Description, describe, load, load_members, make, save, settle, trained_folder
 from smidgen.fewshot.sets import SetsSampler, held_out, one_shape
-from smidgen.fit import CHECKPOINT, FitConfig, FitResult, fit, is_first_process, own_device, process_run
+from smidgen.fit import CHECKPOINT, FitConfig, FitResult, fit
 from smidgen.images import Images
 from smidgen.precision import pick_device
 from smidgen.run import Run

@@ -28,8 +28,9 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from smidgen.distributed import is_first_process, own_device, process_run
 from smidgen.errors import UserError
-from smidgen.fit import CHECKPOINT, FitConfig, FitResult, is_first_process, own_device, process_run
+from smidgen.fit import CHECKPOINT, FitConfig, FitResult
 from smidgen.precision import pick_device
 from smidgen.quant import attention
 from smidgen.quant.activations import Reach, clipping

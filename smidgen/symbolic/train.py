@@ -21,8 +21,9 @@ import torch
 from cyclopts import Parameter
 from torch import nn
 
+from smidgen.distributed import is_first_process, own_device, process_run
 from smidgen.errors import UserError
-from smidgen.fit import CHECKPOINT, FitConfig, FitResult, fit, is_first_process, own_device, process_run
+from smidgen.fit import CHECKPOINT, FitConfig, FitResult, fit
 from smidgen.precision import pick_device
 from smidgen.run import Run
 from smidgen.symbolic.grid_model import GridModel
