@@ -91,9 +91,9 @@ def run_command(config: Prompt) -> dict[str, Any]:
                 sys.stdout.write(text[len(shown) :])
                 sys.stdout.flush()
                 shown = text
-        seconds = time.monotonic() - started
-        sys.stdout.write("\n")
-        return {"runtime": runtime.name, "prompt": config.prompt, "text": runtime.decode(tokens), "tokens": len(tokens), "seconds": seconds}
+        seconds, text = time.monotonic() - started, runtime.decode(tokens)
+        sys.stdout.write(text[len(shown) :] + "\n")  # a character may have stayed incomplete
+        return {"runtime": runtime.name, "prompt": config.prompt, "text": text, "tokens": len(tokens), "seconds": seconds}
 
 
 def continued(runtime: Runtime, prompt: Int[np.ndarray, "n"], count: int, temperature: float, seed: int) -> Iterator[int]:
