@@ -230,7 +230,7 @@ class _Fit:
         total = torch.zeros((), device=self.device)
         for a in range(config.accumulation):
             i = (step * config.accumulation + a) * accelerator.num_processes + accelerator.process_index
-            torch.manual_seed(_mixed(config.seed, i))
+            torch.manual_seed(seed_of(config.seed, i))
             last = a == config.accumulation - 1
             with nullcontext() if last else accelerator.no_sync(self.wrapped):
                 with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
@@ -329,7 +329,7 @@ def shuffled(data: Shaped[Tensor, "*shape"], size: int, seed: int = 0) -> Batche
 
     @lru_cache(2)  # a batch may lie across two epochs
     def order(epoch: int) -> list[int]:
-        return torch.randperm(len(data), generator=torch.Generator().manual_seed(_mixed(seed, epoch))).tolist()
+        return torch.randperm(len(data), generator=torch.Generator().manual_seed(seed_of(seed, epoch))).tolist()
 
     def batch(i: int) -> Tensor:
         return data[[order(p // len(data))[p % len(data)] for p in range(i * size, (i + 1) * size)]]
@@ -337,7 +337,7 @@ def shuffled(data: Shaped[Tensor, "*shape"], size: int, seed: int = 0) -> Batche
     return batch
 
 
-def _mixed(seed: int, i: int) -> int:
+def seed_of(seed: int, i: int) -> int:
     """A seed of its own for every i; torch's generator on the processor reads 32 bits of it."""
     return (seed * 2_654_435_761 + i) % 2**32
 

@@ -44,6 +44,7 @@ from smidgen.fewshot.methods.prototypes import ProtoNet
 from smidgen.fewshot.models import describe, load
 from smidgen.images import Images, unlabelled
 from smidgen.images import load as load_images
+from smidgen.precision import pick_device
 from smidgen.run import Run
 
 Method = Literal["prototypes", "simpleshot", "label-propagation"]
@@ -132,7 +133,7 @@ def main(config: Config, run: Run) -> Predictions:
     """Read, embed, compare; or read and ask the trained method."""
     config.check()
     started = time.monotonic()
-    device = _device(config.device)
+    device = pick_device(config.device)
     if config.model is not None:
         support, queries, probabilities, name = by_model(config, config.model, device)
     else:
@@ -230,9 +231,3 @@ def prototypes_over_lite(temperature: float = TEMPERATURE) -> ProtoNet:
 
 def _trained(model: Path) -> Path:
     return model / TRAINED if (model / TRAINED).is_dir() else model
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no CUDA device here")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
