@@ -58,6 +58,12 @@ app.command(lab)
 lab.command("smidgen.lab.ranges:command", name="ranges", help="Which way to write a learned range converges, oscillates or sticks.")
 app.command("smidgen.report:command", name="report", help="Write a page that shows one run, or compares several.")
 GROUPS = {group.name[0]: group for group in (fewshot, symbolic, search, lab)}  # commands of commands
+EXTRAS = {
+    "fewshot": "vision",
+    "symbolic": "symbolic",
+    "refine": "refine,vision",
+    "search": "search-training",
+}  # of pyproject.toml; others: quant
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -66,8 +72,9 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for chatty in ("torchao", "torch.utils._pytree"):  # transformers imports torchao where it is installed, which warns of its own parts
         logging.getLogger(chatty).setLevel(logging.ERROR)
+    tokens = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        tokens, recipe = split_recipe(list(sys.argv[1:] if arguments is None else arguments))
+        tokens, recipe = split_recipe(tokens)
         check_names(tokens)
         if recipe is not None:
             check_recipe(recipe, tokens)
@@ -75,8 +82,9 @@ def main(arguments: list[str] | None = None) -> int:
         result = app(tokens, exit_on_error=False, print_error=False)
     except (UserError, CycloptsError) as error:
         return fail(" ".join(str(error).split()))
-    except ModuleNotFoundError as error:
-        return fail(f"this command needs the package {error.name}: pip install 'smidgen[quant]'")
+    except ImportError as error:
+        extra = EXTRAS.get(tokens[0], "quant")
+        return fail(f"this command needs the package {lacking(error)}: pip install 'smidgen[{extra}]'")
     except OSError as error:
         return fail(f"{error.filename or 'input or output'}: {error.strerror or error}")
     except KeyboardInterrupt:
@@ -84,6 +92,16 @@ def main(arguments: list[str] | None = None) -> int:
     if isinstance(result, dict):
         sys.stdout.write(json.dumps(result) + "\n")
     return 0
+
+
+def lacking(error: ImportError) -> str:
+    """The package that is not installed; a module of our own, or a name that a module does not have, is no such case and raised again."""
+    cause: BaseException | None = error
+    while cause is not None:  # cyclopts raises its own of a command's module
+        if isinstance(cause, ModuleNotFoundError) and cause.name and not cause.name.startswith("smidgen"):
+            return cause.name.partition(".")[0]
+        cause = cause.__cause__ or cause.__context__
+    raise error
 
 
 def check_names(arguments: list[str]) -> None:

@@ -1,14 +1,20 @@
 """What the command line refuses before a job starts, and what a refused job leaves behind."""
 
 import json
+import re
+import subprocess
+import sys
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from smidgen.cli import check_recipe, main
+from smidgen.cli import EXTRAS, check_recipe, lacking, main
 from smidgen.errors import UserError, check_seed
 from smidgen.run import Run
+
+ROOT = Path(__file__).parent.parent
 
 
 def refused(capsys, *words: str) -> str:
@@ -49,6 +55,41 @@ def test_a_recipe_of_the_command_is_taken(tmp_path):
 def test_a_recipe_has_to_be_named(tmp_path, capsys):
     assert "--config needs a file of options" in refused(capsys, "quantize", "model", "--config")
     assert "no such file" in refused(capsys, "quantize", "model", f"--config={tmp_path / 'none.yaml'}")
+
+
+# --- packages that are not installed ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "extra"),
+    [
+        ("quantize model", "quant"),
+        ("qat --help", "quant"),
+        ("lab ranges", "quant"),
+        ("fewshot train glyphs", "vision"),
+        ("symbolic train --task addition", "symbolic"),
+        ("refine photos", "refine,vision"),
+        ("search train", "search-training"),
+    ],
+)
+def test_a_command_without_torch_says_what_to_install(words, extra):
+    code = f"import sys; sys.modules['torch'] = None; from smidgen.cli import main; sys.exit(main({words.split()}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (2, f"smidgen: this command needs the package torch: pip install 'smidgen[{extra}]'\n")
+
+
+def test_extras_that_messages_name_exist():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = {e for f in (ROOT / "smidgen").rglob("*.py") for e in re.findall(r"smidgen\[([a-z-]+)\]", f.read_text())} | {
+        *",".join(EXTRAS.values()).split(",")
+    }
+    assert len(named) > 5 and named <= extras.keys()
+
+
+def test_other_import_errors_are_bugs():
+    for error in (ImportError("cannot import name 'x'"), ModuleNotFoundError("no", name="smidgen.nothing")):
+        with pytest.raises(ImportError):
+            lacking(error)
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------

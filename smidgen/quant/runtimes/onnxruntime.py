@@ -45,7 +45,7 @@ class OnnxRuntime:
         try:
             import onnxruntime
         except ImportError as error:
-            raise UserError(f"running ONNX artifacts needs the package {error.name}: pip install smidgen[onnx]") from error
+            raise UserError(f"running ONNX artifacts needs the package {error.name}: pip install 'smidgen[onnx]'") from error
         artifact = artifact.parent if artifact.is_file() else artifact
         missing = [f for f in FILES if not (artifact / f).is_file()]
         if missing:
