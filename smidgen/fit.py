@@ -18,7 +18,6 @@ import math
 import os
 import pickle
 import signal
-import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -31,7 +30,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
-from smidgen.errors import UserError
+from smidgen.errors import UserError, check_seed
 from smidgen.precision import forward_precision
 from smidgen.run import PARTIAL, Run
 
@@ -103,8 +102,9 @@ class FitConfig:
             raise UserError(f"--warmup must be between 0 and the {self.steps} steps, got {self.warmup}")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise UserError(f"--learning-rate must be positive, got {self.learning_rate}")
-        if not 0 <= self.seed < 2**31:
-            raise UserError(f"--seed must be between 0 and 2147483647, got {self.seed}")
+        check_seed(self.seed)
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise UserError(f"--weight-decay must not be negative, got {self.weight_decay}")
         if (self.patience is not None or self.keep_best) and not evaluates:
             name = "keep-best" if self.patience is None else "patience"
             raise UserError(f"--{name} needs held-out data to measure; give some, or leave it out")
@@ -230,7 +230,7 @@ class _Fit:
         total = torch.zeros((), device=self.device)
         for a in range(config.accumulation):
             i = (step * config.accumulation + a) * accelerator.num_processes + accelerator.process_index
-            torch.manual_seed(_mixed(config.seed, i))
+            torch.manual_seed(seed_of(config.seed, i))
             last = a == config.accumulation - 1
             with nullcontext() if last else accelerator.no_sync(self.wrapped):
                 with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
@@ -329,7 +329,7 @@ def shuffled(data: Shaped[Tensor, "*shape"], size: int, seed: int = 0) -> Batche
 
     @lru_cache(2)  # a batch may lie across two epochs
     def order(epoch: int) -> list[int]:
-        return torch.randperm(len(data), generator=torch.Generator().manual_seed(_mixed(seed, epoch))).tolist()
+        return torch.randperm(len(data), generator=torch.Generator().manual_seed(seed_of(seed, epoch))).tolist()
 
     def batch(i: int) -> Tensor:
         return data[[order(p // len(data))[p % len(data)] for p in range(i * size, (i + 1) * size)]]
@@ -337,35 +337,9 @@ def shuffled(data: Shaped[Tensor, "*shape"], size: int, seed: int = 0) -> Batche
     return batch
 
 
-def _mixed(seed: int, i: int) -> int:
+def seed_of(seed: int, i: int) -> int:
     """A seed of its own for every i; torch's generator on the processor reads 32 bits of it."""
     return (seed * 2_654_435_761 + i) % 2**32
-
-
-@contextmanager
-def process_run(job: str, config: Any, folder: Path | None = None, label: str = "") -> Iterator[Run]:
-    """The Run of a command that may be one of many processes: the first one's; the others write where nobody looks, silently."""
-    if is_first_process():
-        with Run(job, config, folder, label) as run:
-            yield run
-        return
-    with tempfile.TemporaryDirectory() as scratch, Run(job, config, Path(scratch) / "run") as run:
-        run.console.quiet = True
-        yield run
-
-
-def is_first_process() -> bool:
-    """Whether this is the process that writes and prints; torchrun and accelerate launch number them."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def own_device(device: torch.device) -> torch.device:
-    """This process's one of the devices of that type on its host."""
-    if device.type != "cuda" or "LOCAL_RANK" not in os.environ:
-        return device
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    torch.cuda.set_device(device)
-    return device
 
 
 def _accelerator(device: torch.device) -> Any:

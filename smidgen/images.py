@@ -16,10 +16,7 @@ all have the same one. Without channels they are grey (1) if all of them are, el
 
 import csv
 import struct
-import unicodedata
-import zipfile
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -29,12 +26,10 @@ from jaxtyping import Float, Int, Integer, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from smidgen.arrays import SYNONYMS, NoSplit, distinct, read_arrays, some
 from smidgen.errors import UserError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-SPLITS = ("train", "val", "test")
-SPLIT_NAMES = {"class_split_lake": ("background", "evaluation")}  # of arrays that do not mean SPLITS
-SYNONYMS = {"validation": "val", "valid": "val"}
 
 
 @dataclass(frozen=True)
@@ -97,7 +92,10 @@ def load(
     if channels not in (None, 1, 3):
         raise UserError(f"images have 1 channel (grey) or 3 (colour), got {channels}")
     if source.suffix == ".npz" and source.is_file():
-        images = _from_arrays(source, split, size, channels)
+        pixels, labels, classes, groups = read_arrays(source, split, size, channels)
+        name = f"{source}:{split}" if split else str(source)
+        tracks = None if groups is None else torch.from_numpy(groups)
+        images = Images(name, torch.from_numpy(pixels), torch.from_numpy(labels), tuple(classes), groups=tracks)
     else:
         images = _from_files(str(source), files(source, split), size, channels, skip_bad)
     for name, members in zip(images.classes, images.members, strict=True):
@@ -117,7 +115,7 @@ def files(source: str | Path, split: str | None = None) -> dict[str, list[Path]]
     if not source.is_dir() and source.suffix != ".csv":
         raise UserError(f"{source}: images come from a folder of class folders, a .npz or a .csv with the columns path,label")
     found = _class_folders(source, split) if source.is_dir() else _listed(source, split)
-    _distinct(str(source), found)
+    distinct(str(source), found)
     return found
 
 
@@ -145,13 +143,13 @@ def _class_folders(source: Path, split: str | None) -> dict[str, list[Path]]:
         names = {SYNONYMS.get(f.name, f.name): f for f in _folders(source)}
         root = names.get(SYNONYMS.get(split, split), source)
         if root == source:
-            raise UserError(f"{source} has no split {split!r}; its folders are {_some(sorted(names))}")
+            raise NoSplit(f"{source} has no split {split!r}; its folders are {some(sorted(names))}")
     found = {f.name: sorted(i for i in f.iterdir() if _is_image(i)) for f in _folders(root)}
     if not found:
         raise UserError(f"{root}: no class folders in it; put the images of every class into a folder named after the class")
     deeper = [f.name for f in _folders(root) if not found[f.name] and any(_is_image(i) for c in _folders(f) for i in c.iterdir())]
     if deeper and split is None:
-        raise UserError(f"{source}: holds folders of class folders; choose a split, one of {_some(deeper)}")
+        raise UserError(f"{source}: holds folders of class folders; choose a split, one of {some(deeper)}")
     empty = [name for name, paths in found.items() if not paths]
     if empty:
         raise UserError(f"{root / empty[0]}: a class folder without images (looked for {', '.join(sorted(SUFFIXES))})")
@@ -169,10 +167,10 @@ def _listed(source: Path, split: str | None) -> dict[str, list[Path]]:
         raise UserError(f"{source}: needs a first line path,label and a line per image")
     if split is not None:
         if "split" not in rows[0]:
-            raise UserError(f"{source} has no column split to choose {split!r} by")
+            raise NoSplit(f"{source} has no column split to choose {split!r} by")
         names = [SYNONYMS.get(row["split"] or "", row["split"] or "") for row in rows]
         if SYNONYMS.get(split, split) not in names:
-            raise UserError(f"{source} has no split {split!r}; it has {_some(sorted(set(names)))}")
+            raise NoSplit(f"{source} has no split {split!r}; it has {some(sorted(set(names)))}")
         rows = [row for row, name in zip(rows, names, strict=True) if name == SYNONYMS.get(split, split)]
     found: dict[str, list[Path]] = {}
     for line, row in enumerate(rows, start=2):
@@ -183,7 +181,7 @@ def _listed(source: Path, split: str | None) -> dict[str, list[Path]]:
 
 
 def _from_files(name: str, found: dict[str, list[Path]], size: int | None, channels: int | None, skip_bad: bool) -> Images:
-    _distinct(name, found)
+    distinct(name, found)
     arrays: list[np.ndarray] = []
     labels: list[int] = []
     kept: list[str] = []
@@ -266,121 +264,3 @@ def _folders(folder: Path) -> list[Path]:
 
 def _is_image(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith(".")
-
-
-# --- arrays ----------------------------------------------------------------------------------------------------------
-
-
-def _from_arrays(source: Path, split: str | None, size: int | None, channels: int | None) -> Images:
-    try:
-        with source.open("rb") as opened, np.load(opened, allow_pickle=False) as file:  # numpy leaves a damaged file open
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{source}: not a readable .npz file ({error})") from error
-    missing = {"images", "labels", "class_names"} - arrays.keys()
-    if missing:
-        raise UserError(f"{source}: holds no array {' and no array '.join(sorted(missing))}; it has {_some(sorted(arrays))}")
-    pixels, labels, names = arrays["images"], arrays["labels"], [str(n) for n in arrays["class_names"].ravel()]
-    _check_arrays(source, pixels, labels, len(names))
-    groups = _grouping(source, arrays, len(labels))
-    _distinct(str(source), names)
-    if split is not None:
-        array, number = _split(source, arrays, split, len(names), len(labels))
-        chosen = array == number
-        rows = np.flatnonzero(chosen[labels] if len(chosen) == len(names) else chosen)
-        classes = np.flatnonzero(chosen) if len(chosen) == len(names) else np.unique(labels[rows])
-        pixels, labels, names = pixels[rows], np.searchsorted(classes, labels[rows]), [names[c] for c in classes]
-        groups = None if groups is None else groups[rows]
-    pixels = pixels[..., None] if pixels.ndim == 3 else pixels
-    pixels = _recoloured(pixels, pixels.shape[-1] if channels is None else channels)
-    if size is not None and pixels.shape[1:3] != (size, size):
-        pixels = np.stack([_rescaled(image, size) for image in pixels])
-    label = f"{source}:{split}" if split else str(source)
-    return Images(
-        label,
-        torch.from_numpy(np.ascontiguousarray(pixels)),
-        torch.from_numpy(labels.astype(np.int64)),
-        tuple(names),
-        groups=None if groups is None else torch.from_numpy(groups),
-    )
-
-
-def _grouping(source: Path, arrays: dict[str, np.ndarray], images: int) -> np.ndarray | None:
-    """The array track, if there is one."""
-    if "track" not in arrays:
-        return None
-    if arrays["track"].shape != (images,) or arrays["track"].dtype.kind not in "iu":
-        raise UserError(f"{source}: array track must be {images} integers, one per image")
-    return arrays["track"].astype(np.int64)
-
-
-def _check_arrays(source: Path, pixels: np.ndarray, labels: np.ndarray, classes: int) -> None:
-    if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
-        raise UserError(f"{source}: array images holds NaN or infinite values")
-    if pixels.dtype != np.uint8:
-        raise UserError(f"{source}: array images is {pixels.dtype}, but must be uint8, 0 to 255")
-    if pixels.ndim not in (3, 4) or (pixels.ndim == 4 and pixels.shape[-1] not in (1, 3)) or 0 in pixels.shape:
-        raise UserError(f"{source}: array images has shape {pixels.shape}, but must be (n, height, width) or (n, height, width, 3)")
-    if labels.shape != pixels.shape[:1] or labels.dtype.kind not in "iu":
-        raise UserError(f"{source}: array labels is {labels.dtype} {labels.shape}, but must be {len(pixels)} integers, one per image")
-    if labels.min() < 0 or labels.max() >= classes:
-        raise UserError(
-            f"{source}: labels are {labels.min()} to {labels.max()}, but there are {classes} class_names, so 0 to {classes - 1}"
-        )
-
-
-def _split(source: Path, arrays: dict[str, np.ndarray], split: str, classes: int, images: int) -> tuple[np.ndarray, int | str]:
-    """An array and its value that a split's name means."""
-    offered: dict[str, list[tuple[np.ndarray, int | str]]] = {}
-    for key, array in arrays.items():
-        if not key.startswith(("class_split", "split")) or key.endswith("_names"):
-            continue
-        if len(array) != (classes if key.startswith("class_split") else images):
-            raise UserError(f"{source}: array {key} has {len(array)} entries for {classes} classes and {images} images")
-        given = arrays.get(f"{key}_names", SPLIT_NAMES.get(key, SPLITS))
-        family = key.removeprefix("class_").removeprefix("split").strip("_")
-        for value in np.unique(array).tolist():
-            if not isinstance(value, str) and not 0 <= value < len(given):
-                raise UserError(f"{source}: array {key} holds {value}, but has {len(given)} names, {_some([str(n) for n in given])}")
-            name = value if isinstance(value, str) else str(given[value])
-            for alias in {name, f"{family}:{name}"} if family else {name}:
-                offered.setdefault(alias, []).append((array, value))
-    asked = ":".join(SYNONYMS.get(part, part) for part in split.split(":"))
-    found = offered.get(asked, [])
-    if not found:
-        raise UserError(
-            f"{source} has no split {split!r}; " + (f"it has {_some(sorted(offered))}" if offered else "it holds no split at all")
-        )
-    if len(found) > 1:
-        raise UserError(f"{source}: {len(found)} of its arrays have a split {split!r}; say which, one of {_some(sorted(offered))}")
-    return found[0]
-
-
-def _recoloured(pixels: np.ndarray, channels: int) -> np.ndarray:
-    if pixels.shape[-1] == channels:
-        return pixels
-    if channels == 3:
-        return np.repeat(pixels, 3, -1)
-    red, green, blue = np.moveaxis(pixels.astype(np.uint32), -1, 0)
-    return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).astype(np.uint8)[..., None]  # as Pillow: ITU-R 601-2 luma
-
-
-def _rescaled(pixels: np.ndarray, size: int) -> np.ndarray:
-    image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-    scaled = np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
-    return scaled[..., None] if scaled.ndim == 2 else scaled
-
-
-def _distinct(name: str, classes: Iterable[str]) -> None:
-    """Refuses class names that a reader would take for one."""
-    seen: dict[str, str] = {}
-    for c in classes:
-        key = unicodedata.normalize("NFC", c).strip()  # A and a may well be two classes
-        if key in seen:
-            how = "twice" if seen[key] == c else f"and as {seen[key]!r}"
-            raise UserError(f"{name}: class {c!r} is there {how}; give every class one name of its own")
-        seen[key] = c
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

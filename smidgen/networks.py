@@ -1,4 +1,4 @@
-"""Conv-4, the small network of few-shot papers (notes 1.2, 1.3)."""
+"""Conv-4, the small network of few-shot papers."""
 
 from typing import Literal
 

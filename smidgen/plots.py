@@ -17,6 +17,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
@@ -69,7 +70,8 @@ def by_step(series: Mapping[str, Points], y_label: str, title: str) -> str:
         figure, axes = _axes(WIDE, 3.6)
         _draw(axes, series, size=0.0)
         axes.set(xlabel="step", ylabel=y_label, xscale="log")
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        steps = [x for points in series.values() for x, _ in points if x > 0] or [1]
+        _logarithmic(axes.xaxis, min(steps), max(steps))
         _scale(axes, [y for points in series.values() for _, y in points])
         _legend(figure, axes)
         return _svg(figure, title)
@@ -185,7 +187,7 @@ def thumbnails(rows: Sequence[tuple[str, Sequence[tuple[str, str, bool]], Sequen
     parts = []
     for i, (name, labelled, asked) in enumerate(rows):
         top = 20 + i * height
-        parts.append(f'<text x="0" y="{top + side / 2 + 4}">{escape(name[-20:])}</text>')
+        parts.append(f'<text x="0" y="{top + side / 2 + 4}">{escape(_label(name, 20))}</text>')
         for j, (uri, words, wrong) in enumerate((*labelled, *asked)):
             x = name_width + step * j if j < len(labelled) else name_width + gap + step * (most + j - len(labelled))
             color = f"var(--series-1, {SERIES[1]})" if wrong else f"var(--rule, {RULE})"
@@ -193,7 +195,7 @@ def thumbnails(rows: Sequence[tuple[str, Sequence[tuple[str, str, bool]], Sequen
             parts.append(
                 f'<image href="{escape(uri)}" x="{x}" y="{top}" width="{side}" height="{side}" style="image-rendering: pixelated"/>'
                 f'<rect x="{x - 1}" y="{top - 1}" width="{side + 2}" height="{side + 2}" fill="none" stroke="{color}" stroke-width="2"/>'
-                f'<text x="{x}" y="{top + side + 12}" font-size="9" fill="{ink}">{escape(words)}</text>'
+                f'<text x="{x}" y="{top + side + 12}" font-size="9" fill="{ink}">{escape(_label(words, 10))}</text>'
             )
     head = f'<text x="{name_width}" y="12">labelled</text><text x="{name_width + gap + step * most}" y="12">to classify</text>'
     style = f'font-size="11" fill="var(--ink, {INK})" xmlns="http://www.w3.org/2000/svg"'
@@ -301,10 +303,15 @@ def _scale(axes: Axes, values: list[int | float]) -> None:
     if low <= 0 or high / low < LOG_FROM:
         return
     axes.set_yscale("log")
+    _logarithmic(axes.yaxis, low, high)
+
+
+def _logarithmic(axis: Axis, low: int | float, high: int | float) -> None:
+    """Plain numbers at 1, 2 and 5, or where many decades are to be shown at the powers of ten."""
     few = math.log10(high / low) < 2.5
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _legend(figure: Figure, axes: Axes) -> None:

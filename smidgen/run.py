@@ -37,7 +37,8 @@ PARTIAL = ".partial"  # suffix of what is being written
 class Run:
     """A folder for one run of one job, and the voice of that run on standard error.
 
-    Use as a context manager: whatever is unfinished when it closes is removed.
+    Use as a context manager: whatever is unfinished when it closes is removed, and of a job that was refused before it had made
+    anything the folder, too.
     """
 
     def __init__(self, job: str, config: Any, folder: Path | None = None, label: str = "") -> None:
@@ -50,6 +51,7 @@ class Run:
             raise UserError(f"{self.folder} already holds a finished run; choose another --output or remove it")
         if self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / "config.yaml").exists():
             raise UserError(f"{self.folder} holds other files; choose an empty or new --output")
+        self.new = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "steps.jsonl").write_text("")
         (self.folder / "log.txt").write_text("")
@@ -65,8 +67,15 @@ class Run:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for path in self.folder.glob(f"*{PARTIAL}"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        if error is not None:
+        if isinstance(error, UserError) and self.new and not self._made():
+            shutil.rmtree(self.folder)
+        elif error is not None:
             self._write(f"stopped: {error or kind.__name__ if kind else ''}")
+
+    def _made(self) -> bool:
+        """Whether there is more in the folder than what every run begins with."""
+        begun = {"config.yaml", "environment.json", "steps.jsonl", "log.txt"}
+        return (self.folder / "steps.jsonl").stat().st_size > 0 or any(f.name not in begun for f in self.folder.iterdir())
 
     def say(self, message: str) -> None:
         """A message for the user, kept in log.txt."""

@@ -51,6 +51,8 @@ def windows(source: str, tokenizer: Any, length: int, count: int | None = None, 
 
     if length < 2:
         raise UserError(f"--length must be at least 2 tokens, got {length}")
+    if count is not None and count < 1:
+        raise UserError(f"{source}: one window at least must be read, got {count}; ask for more, or leave the number out")
     ids = torch.tensor(tokenizer(read_text(source), add_special_tokens=False, verbose=False)["input_ids"])
     found = len(ids) // length
     if found == 0:

@@ -288,6 +288,12 @@ def test_negative_numbers_of_rounds_are_refused(name):
         AESPA(**{name: -1})
 
 
+@pytest.mark.parametrize("option", [{"learning_rate": 0.0}, {"pull": -1.0}, {"warm_up": 1.1}, {"damp": torch.nan}, {"damp": -0.1}], ids=str)
+def test_options_out_of_their_range_are_refused(option):
+    with pytest.raises(UserError, match=next(iter(option))):
+        AESPA(**option)
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_bad_numbers_are_refused(bad, normal, moments):
     w, h_in, h_out = normal(12, 20), moments(1, 20), moments(3, 4)

@@ -250,7 +250,8 @@ import torch
 from pathlib import Path
 from torch import nn
 from test_fit import QUICK, data, squared
-from smidgen.fit import fit, is_first_process, process_run, shuffled
+from smidgen.distributed import is_first_process, process_run
+from smidgen.fit import fit, shuffled
 torch.manual_seed(0)
 torch.set_num_threads(1)
 model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 1)).double()
@@ -305,6 +306,7 @@ def test_a_loss_that_is_not_finite_is_named(run):
         ({"decay": 0.3}, "--decay and --decay-every are of --schedule steps, not of cosine"),
         ({"schedule": "steps", "decay_every": 0}, "--decay-every must be positive"),
         ({"clip": -1.0}, "--clip"),
+        ({"weight_decay": -0.1}, "--weight-decay must not be negative, got -0.1"),
     ],
 )
 def test_settings(run, change, line):

@@ -101,6 +101,9 @@ def test_bad_input_is_one_line(tiny_llama, tmp_path, capsys):
         (["run", str(tiny_llama), ""], "the prompt has 0 tokens"),
         (["run", str(tiny_llama), "a", "--tokens", "0"], "--tokens"),
         (["bench", str(tiny_llama), "--new-tokens", "0"], "--new-tokens"),
+        (["bench", str(tiny_llama), "--windows", "0"], "--windows at least 1 or none, got 1024 and 0"),
+        (["bench", str(tiny_llama), "--length", "1"], "--length must be at least 2"),
+        (["run", str(tiny_llama), "a", "--seed", "-1"], "--seed must be"),
     ):
         assert main(arguments) == 2
         assert line in capsys.readouterr().err.splitlines()[-1]

@@ -188,6 +188,7 @@ def test_a_recipe_repeats_the_figures_of_a_command_of_a_command(tmp_path):
         (dict(form=("exp", "exp")), "--form must name one value or more, each once"),
         (dict(rate=(0.0,)), "--rate must be positive, got 0.0"),
         (dict(steps=10), "--steps must be at least 100, got 10"),
+        (dict(seed=-1), "--seed must be between 0 and 2147483647, got -1"),
     ],
 )
 def test_what_cannot_be_run_is_refused_before_a_folder_is_made(options, message, tmp_path):

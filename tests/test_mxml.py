@@ -180,7 +180,7 @@ def test_order_of_members_permutes_weights(form, transductive):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_order_of_classes(form):
-    """Relabelled classes are predicted under their new labels; the authors' 1 x N filter, as the notes say, sees another task."""
+    """Relabelled classes are predicted under their new labels; the authors' 1 x N filter sees another task."""
     model, episode, new = mixture(3, form), tasks(), torch.tensor([1, 2, 0])
     relabelled = replace(episode, support_y=new[episode.support_y], query_y=new[episode.query_y])
     difference = (model.predict(relabelled)[..., new] - model.predict(episode)).abs().max()

@@ -68,7 +68,7 @@ def padded(episode, support, queries):
 
 
 def slow(x, sigma, y, k, alpha):
-    """F* of one task, from the notes, one entry at a time."""
+    """F* of one task, one entry at a time."""
     n = len(x)
     w = np.array([[math.exp(-0.5 * np.mean((x[i] / sigma[i] - x[j] / sigma[j]) ** 2)) for j in range(n)] for i in range(n)])
     among = np.zeros((n, n), bool)

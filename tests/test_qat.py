@@ -335,6 +335,7 @@ def test_what_was_trained_runs_on_integers(tiny_llama, qat, tmp_path):
         (["--held-out", "1"], "--held-out must be between 0 and 1"),
         (["--share", "0.7"], "--share is the teacher's"),
         (["--link", "sigmoid", "--weight-ranges", "min-max"], "--link is of"),
+        (["--quadapter.steps", "5"], "--quadapter.* options are of --start quadapter, not of min-max"),
         (["--steps", "0"], "--steps must be positive"),
         (["--batch", "99"], "a batch of 99 cannot be drawn from 58"),
         (["--sequences", "1"], "none is left"),

@@ -52,7 +52,7 @@ class Affine(nn.Module):
 
 
 class Toy(nn.Module):
-    """One norm and one layer; two channels of outliers (qat.md, section 4)."""
+    """One norm and one layer; two channels of outliers."""
 
     def __init__(self, width=256, out=512):
         super().__init__()
@@ -287,7 +287,7 @@ def test_factors_of_another_model_are_refused(with_factors):
         attach(model, layers, Factors({"model.layers.0.input_layernorm": torch.zeros(4)}))
 
 
-# --- the toy of section 4 --------------------------------------------------------------------------------------------
+# --- a toy ----------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from smidgen.cli import main
 from smidgen.grid import Grid, QWeight
@@ -331,6 +332,41 @@ def test_unwritable_output(refused, tiny_llama, tmp_path):
 def test_layers_the_format_cannot_hold(refused, tiny_gpt2):
     line = refused(tiny_gpt2)
     assert "Conv1D" in line and "--export none" in line
+
+
+@pytest.mark.parametrize("bpw", ["1.5", "nan", "9"])
+def test_budgets_that_no_width_meets(refused, tiny_llama, bpw):
+    assert f"--target-bpw must lie between 2 and 8, got {float(bpw)}" in refused(tiny_llama, "--target-bpw", bpw)
+
+
+def test_texts_longer_than_the_model_reads(refused, tiny_llama, tiny_opt, tmp_path, test_text, capsys):
+    for model, name in ((tiny_llama, "llama"), (tiny_opt, "opt")):
+        line = f"--length 129: {name} reads 128 tokens at most here; use --length 128 or less"
+        assert line in refused(model, "--method", "rtn", "--length", "129")
+        assert main(["evaluate", str(model), "--text", str(test_text), "--length", "129", "--output", str(tmp_path / "e")]) == 2
+        assert line in capsys.readouterr().err
+
+
+def test_a_model_that_lacks_weights_is_not_measured(tiny_llama, test_text, tmp_path, capsys):
+    """Transformers draws them at random, and says so where nobody looks."""
+    lacking = shutil.copytree(tiny_llama, tmp_path / "lacking")
+    weights = load_file(lacking / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, lacking / "model.safetensors", metadata={"format": "pt"})
+    for command in (["evaluate", str(lacking), "--text", str(test_text), "--length", "64"], ["run", str(lacking), "hello"]):
+        assert main(command) == 2
+        assert "lack model.layers.1.mlp.up_proj.weight, which the architecture llama needs" in capsys.readouterr().err
+    (lacking / "model.safetensors.index.json").write_text('{"weights": 3}')
+    assert main(["evaluate", str(lacking), "--text", str(test_text), "--length", "64"]) == 2
+    assert "model.safetensors.index.json is damaged" in capsys.readouterr().err
+
+
+def test_an_encoder_is_not_quantized(refused, tokenizer, tmp_path):
+    config = transformers.BertConfig(vocab_size=384, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    transformers.BertModel(config).save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    assert "it is an encoder" in refused(tmp_path / "bert")
+    assert "lack cls.predictions" in refused(tmp_path / "bert", "--method", "rtn")
 
 
 def test_finished_run_is_not_overwritten(refused, quantize, tiny_llama, tmp_path):

@@ -163,7 +163,7 @@ def test_evaluate_and_unknown_jobs(tmp_path):
 
 def test_repeats_into_a_new_folder_where_the_old_was_named(tmp_path):
     run = other_run(tmp_path / "run", "search", mrr=0.5)
-    assert f"smidgen search --config {run}/config.yaml --output {run}-again" in text_of(page_of(run))
+    assert f"smidgen search --config {run}/config.yaml" in text_of(page_of(run))
 
 
 def test_comparison_marks_the_best(tmp_path):
@@ -275,6 +275,7 @@ def test_number(value, expected):
 def test_small_helpers(tmp_path):
     assert flatten({"a": {"b": 1}, "c": 2}) == {("a", "b"): 1, ("c",): 2}
     assert label(("perplexity", "wiki.txt")) == "perplexity, wiki.txt"
+    assert label(("written", "gguf", "size_bytes")) == "written, gguf, size"
     assert (ratio(2.0, 3), ratio(0.0, 1.0), ratio(None, 1.0)) == ("1.500×", "–", "–")
     assert short_names(["attn.c_attn[key]", "attn.c_proj", "mlp.c_proj"]) == {
         "attn.c_attn[key]": "c_attn[key]",
@@ -294,6 +295,17 @@ def test_plots_draw_gaps_odd_names_and_many_series():
     assert plots.by_block({str(i): [(0, float(i))] for i in range(40)}, "error", "many").count("<text") > 40
     assert "y" * 40 not in plots.bars({"y" * 40: 1.0, "z": 0.0}, "seconds", "long names")
     assert ">200<" in plots.perplexity_by_bits({"a": [(2.0, 1e3), (3.0, 15.0)]}, {"before": 14.0}, "logarithmic")
+
+
+@pytest.mark.parametrize(("steps", "labels"), [((1, 2), ["1", "2"]), ((0, 3, 30), ["5", "10", "20"]), ((1, 10_000), ["1", "100", "10000"])])
+def test_steps_are_labelled_with_plain_numbers(steps, labels):
+    svg = plots.by_step({"loss": [(step, 1.0) for step in steps]}, "loss", "steps")
+    assert all(f">{label}<" in svg for label in labels) and "mathdefault" not in svg
+
+
+def test_names_below_small_pictures_are_cut_with_a_sign():
+    svg = plots.thumbnails([("c" * 30, [("data:,", "", False)], [("data:,", "Arabic/arabic letter dad", True)])], "task")
+    assert f">…{'c' * 19}<" in svg and ">…etter dad<" in svg
 
 
 def test_colours_follow_the_page():

@@ -85,7 +85,7 @@ def test_saved_and_loaded_it_is_the_same(folder, encoder):
 
 
 def test_the_count_of_parameters():
-    """Notes 5.16, without the pooler's 147,840."""
+    """Without the pooler's 147,840."""
     assert Shape(30522).parameters() == 22_713_216 - 147_840
     shape = Shape(50, 32, 2, 4, 64, 40)
     assert sum(p.numel() for p in Bert(shape).parameters()) == shape.parameters()
@@ -115,7 +115,6 @@ def test_all_layers_kept_is_the_same_network(encoder):
 
 
 def test_fewer_words_change_only_texts_that_use_the_others(encoder):
-    """Notes 5.17."""
     kept_texts = ["my eyes hurt", "night"]
     small, order = pruned(encoder.tokenizer, kept_texts, size=80)
     assert len(order) == 80 == small.get_vocab_size() and order == sorted(set(order))

@@ -168,7 +168,7 @@ def test_network_and_table_make_the_same_vectors(tmp_path):
     a, b = network_of(texts), static(texts)
     assert a.shape == b.shape == (8, WIDTH) and ((a * b).sum(1) > 0.999).all()
     assert np.linalg.norm(a, axis=1) == pytest.approx(1, abs=1e-5) and np.linalg.norm(b, axis=1) == pytest.approx(1, abs=1e-5)
-    assert static(["dark read"]) == pytest.approx(static(["read dark"]), abs=1e-6), "word order says nothing (notes 5.15)"
+    assert static(["dark read"]) == pytest.approx(static(["read dark"]), abs=1e-6), "word order says nothing"
 
 
 def test_long_texts_are_cut_as_the_network_wants_them(made):

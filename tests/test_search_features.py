@@ -125,7 +125,6 @@ def test_the_package_has_five_queries_a_feature():
 
 @pytest.mark.parametrize("rank, gain", [(1, 1.0), (2, 0.63093), (3, 0.5), (10, 1 / math.log2(11)), (11, 0.0)])
 def test_one_relevant_feature(rank, gain):
-    """Notes 5.14."""
     found = figures([[*range(1, rank), 0, *range(rank, 20)]], [{0}])
     assert found["ndcg@10"] == pytest.approx(gain, abs=1e-5) and found["mrr@10"] == (1 / rank if rank <= 10 else 0)
     assert [found[f"hit@{k}"] for k in (1, 3, 5, 10)] == [rank <= 1, rank <= 3, rank <= 5, rank <= 10]
@@ -136,7 +135,7 @@ def test_two_relevant_features():
 
 
 def test_random_order():
-    """Notes 5.14: what chance gives of 636."""
+    """What chance gives of 636."""
     random = np.random.default_rng(0)
     found = figures([random.permutation(636) for _ in range(20000)], [{0}] * 20000)
     assert found["hit@10"] == pytest.approx(10 / 636, abs=0.003)
@@ -182,7 +181,6 @@ def test_kinds_are_kept_apart():
     ],
 )
 def test_what_ships(query, ranks):
-    """Notes 1.3."""
     expected = [-np.inf if rank is None else -rank for rank in ranks]
     assert aosp(FEATURES)([query])[0].tolist() == expected
 
@@ -193,7 +191,7 @@ def test_full_text_wants_every_word():
 
 
 def test_bm25_is_its_formula():
-    """Notes 5.12, with the constant factor k1 + 1 that does not change an order."""
+    """With the constant factor k1 + 1 that does not change an order."""
     k1, b = 1.2, 0.75
     texts = [words(f"{f.title} {f.everything()}") for f in FEATURES]
     mean = np.mean([len(t) for t in texts])
@@ -213,7 +211,6 @@ def test_bm25_is_its_formula():
 
 
 def test_reciprocal_ranks():
-    """Notes 5.13."""
     first = np.array([[3.0, 2.0, 1.0]])
     assert fused(first, first)[0, 0] == pytest.approx(2 / 61)
     assert fused(first, np.full((1, 3), -np.inf)).round(6).tolist() == [[round(1 / r, 6) for r in (61, 62, 63)]]

@@ -42,7 +42,7 @@ def made(views):
 
 
 def test_rounding_is_at_most_half_a_step(random):
-    """Notes 5.10: in every number, in products, and whatever the scale; rows of zeros stay zeros."""
+    """In every number, in products, and whatever the scale; rows of zeros stay zeros."""
     v = np.concatenate([unit(random, 20, 48), np.zeros((1, 48))])
     q = unit(random, 48)
     codes, scales = quantized(v)
@@ -207,7 +207,7 @@ def test_coverage_against_sets_of_strings(query):
 
 
 def test_coverage_in_closed_form():
-    """Notes 5.18: the feature's own text is covered whole; nothing covers nothing; idf as BM25 has it."""
+    """The feature's own text is covered whole; nothing covers nothing; idf as BM25 has it."""
     lexicon = Lexicon.of(TEXTS)
     for i, text in enumerate(TEXTS):
         assert lexicon.coverage(text)[i] == pytest.approx(1)

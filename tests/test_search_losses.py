@@ -1,4 +1,4 @@
-"""Losses in closed form (notes 5), and what a batch of contrastive training does."""
+"""Losses in closed form, and what a batch of contrastive training does."""
 
 import math
 from dataclasses import replace
@@ -32,7 +32,6 @@ QUERIES = (Query("my eyes hurt", ("eyes",)), Query("the phone loud", ("volume",)
 
 
 def test_info_nce_in_closed_form():
-    """Notes 5.1."""
     eye = torch.eye(64, dtype=torch.bool)
     assert float(info_nce(torch.zeros(64, 64).double(), eye, 0.05)) == pytest.approx(math.log(64), rel=1e-12)
     apart = info_nce(torch.eye(64).double(), eye, 0.05)
@@ -40,7 +39,7 @@ def test_info_nce_in_closed_form():
 
 
 def test_the_gradient_of_info_nce():
-    """Notes 5.2: (p - 1[positive]) / (n t), 0 where masked."""
+    """(p - 1[positive]) / (n t), 0 where masked."""
     torch.manual_seed(0)
     scores = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
     positive = torch.zeros(5, 7, dtype=torch.bool)
@@ -55,7 +54,7 @@ def test_the_gradient_of_info_nce():
 
 
 def test_several_positives():
-    """Notes 5.3: m equal ones and nothing else give ln m; a masked duplicate changes nothing."""
+    """m equal ones and nothing else give ln m; a masked duplicate changes nothing."""
     yes = torch.ones(1, 4, dtype=torch.bool)
     assert float(info_nce(torch.full((1, 4), 0.3), yes, 0.05)) == pytest.approx(math.log(4))
     scores, positive = torch.tensor([[0.9, 0.2, 0.4]]), torch.tensor([[True, False, False]])
@@ -65,7 +64,6 @@ def test_several_positives():
 
 
 def test_list_kl():
-    """Notes 5.8."""
     torch.manual_seed(0)
     student, teacher = torch.randn(3, 9, dtype=torch.float64, requires_grad=True), torch.randn(3, 9, dtype=torch.float64)
     assert float(list_kl(teacher + torch.randn(3, 1), teacher, 0.05).detach()) == pytest.approx(0, abs=1e-12)
@@ -76,7 +74,6 @@ def test_list_kl():
 
 
 def test_alignment_is_half_the_squared_distance():
-    """Notes 5.6."""
     u, v = (torch.nn.functional.normalize(torch.randn(6, 8, dtype=torch.float64), dim=1) for _ in range(2))
     assert float(alignment(u, v)) == pytest.approx(float(((u - v) ** 2).sum(1).mean() / 2))
 

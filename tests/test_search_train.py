@@ -176,7 +176,7 @@ def test_a_student_keeps_what_its_teacher_knows(layers, distilled, trained):
 
 @pytest.mark.parametrize("bits, least", [(32, 0.99999), (8, 0.98)])
 def test_the_exported_network_is_the_network(bits, least, trained, tmp_path):
-    """Notes 5.21, one text at a time and in batches."""
+    """One text at a time and in batches."""
     encoder = load(trained[1] / "artifact")
     export(encoder, tmp_path, bits)
     encoder.tokenizer.save(str(tmp_path / "tokenizer.json"))
@@ -202,7 +202,7 @@ def test_eight_bits_are_a_quarter_of_the_size(tmp_path):
 
 
 def test_words_in_bytes():
-    """Notes 5.10, for every row."""
+    """For every row."""
     rows = torch.randn(9, 16) * torch.logspace(-3, 2, 9)[:, None]
     codes, scale = bytes_of(torch.cat([rows, torch.zeros(1, 16)]))
     assert ((rows - codes[:9] * scale[:9, None]).abs() <= scale[:9, None] / 2 * 1.0001).all()

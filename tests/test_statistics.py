@@ -2,11 +2,12 @@
 
 import itertools
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from smidgen.cli import main
 from smidgen.errors import UserError
@@ -87,7 +88,7 @@ def test_what_layers_share_is_stored_once_and_shared_again(collected, tiny_llama
 
 def test_statistics_that_do_not_fit_are_refused(collected, tiny_llama, tiny_opt, smidgen, tmp_path, capsys):
     def refused(model, *options):
-        command = ["quantize", str(model), "--stats", str(collected), "--output", str(tmp_path / "r"), "--export", "none", *options]
+        command = ["quantize", str(model), "--stats", str(collected), "--output", str(tmp_path / "r"), "--length", "64", *options]
         assert main(command) == 2
         return capsys.readouterr().err.splitlines()[-1]
 
@@ -98,8 +99,21 @@ def test_statistics_that_do_not_fit_are_refused(collected, tiny_llama, tiny_opt,
     assert "without value_rows" in refused(tiny_llama, "--method", "boa", "--boa.value-rows")
     (collected / "stats" / "block-001.safetensors").write_bytes(b"broken")
     assert "collect the statistics again" in refused(tiny_llama, "--method", "boa")
-    assert main(["quantize", str(tiny_llama), "--stats", str(tmp_path / "none"), "--output", str(tmp_path / "r2")]) == 2
-    assert "no finished statistics" in capsys.readouterr().err
+    (collected / "stats" / "stats.json").write_text("{}")
+    assert "stats.json is damaged; collect the statistics again" in refused(tiny_llama, "--method", "boa")
+    (collected / "stats" / "stats.json").unlink()
+    assert "no finished statistics" in refused(tiny_llama, "--method", "boa")
+
+
+def test_statistics_of_a_damaged_model_are_not_kept(tiny_llama, train_text, tmp_path, capsys):
+    damaged = shutil.copytree(tiny_llama, tmp_path / "damaged")
+    weights = load_file(damaged / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
+    save_file(weights, damaged / "model.safetensors", metadata={"format": "pt"})
+    data = ["--calibration", str(train_text), "--sequences", "16", "--length", "64"]
+    assert main(["collect", str(damaged), *data, "--output", str(tmp_path / "c")]) == 2
+    assert "model.layers.1.mlp.down_proj: second moments of the inputs contain NaN" in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
 
 
 # --- bits per layer --------------------------------------------------------------------------------------------------

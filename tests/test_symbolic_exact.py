@@ -61,7 +61,6 @@ def hard(actions: tuple[int, ...], rows: int, columns: int) -> np.ndarray:
 
 @pytest.mark.parametrize(("rows", "columns"), [(2, 3), (3, 2), (1, 1), (4, 8)])
 def test_weights_are_the_mean_of_all_certain_grids(rows, columns):
-    """Notes 9.8."""
     p = np.random.default_rng(0).dirichlet(np.ones(3), 5)
     expected = np.zeros((5, rows, columns))
     for actions in itertools.product(range(3), repeat=5):
@@ -81,8 +80,7 @@ def test_weights_are_those_of_the_module():
     np.testing.assert_allclose(weights(p, 3, 5), seq2grid.weights(torch.from_numpy(p), 3, 5).numpy(), atol=1e-14)
 
 
-def test_the_toy_lies_as_the_notes_have_it():
-    """Notes 9.2 and 9.3."""
+def test_the_toy_lies_as_given():
     grid = laid_out("582 13", given("582 13"))
     text = "582 13$"
     assert ["".join(text[t] for t in row if t != EMPTY) for row in grid.token] == ["$31", " 285", ""]

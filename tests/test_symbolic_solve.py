@@ -283,9 +283,9 @@ def test_bad_models_are_refused(toy, exported, tmp_path):
     with Run("symbolic evaluate", config := evaluate.Config(exported[1], device="cuda"), tmp_path / "run") as run:
         with pytest.raises(UserError, match="runs on the processor"):
             evaluate.main(config, run)
-    for refused in ({"questions": 0}, {"risk": 1.0}):
-        with pytest.raises(UserError, match="must be positive|is a share"):
+    for refused in ({"questions": 0}, {"risk": 1.0}, {"seed": -1}):
+        with pytest.raises(UserError, match="must be positive|is a share|--seed must be"):
             export.Config(toy, **refused).check()
-    for refused in ({"questions": 0}, {"examples": -1}):
+    for refused in ({"questions": 0}, {"examples": -1}, {"seed": -1}):
         with pytest.raises(UserError, match="must"):
             evaluate.Config(toy, **refused).check()

@@ -68,7 +68,7 @@ def test_number_sequences_follow_the_recurrence():
 
 
 def test_number_sequences_have_the_measured_lengths():
-    """Notes 6.1: input with its end, train mean 23, ID 28, OOD 92, at most 113; the last three terms are of one sign in 69 % and 99.8 %."""
+    """Input with its end, train mean 23, ID 28, OOD 92, at most 113; the last three terms are of one sign in 69 % and 99.8 %."""
     task = open_task("number-sequence")
     for split, mean, share in (("train", 23, None), ("id", 28, 0.69), ("ood", 92, 0.998)):
         batch = task.sample(split, 10_000)
@@ -108,7 +108,7 @@ def read_back(text: str) -> tuple[str, int, int]:
 
 
 def test_word_problems_have_the_measured_lengths():
-    """Notes 6.2: input mean 27 (ID), 53 (OOD), at most 80; target with its end 8.7 and 20.3, at most 23."""
+    """Input mean 27 (ID), 53 (OOD), at most 80; target with its end 8.7 and 20.3, at most 23."""
     task = open_task("word-problem")
     assert (task.length, task.slots) == (80, 23)
     for split, inputs, targets in (("id", 27, 8.7), ("ood", 53, 20.3)):
@@ -126,7 +126,7 @@ def test_programs_print_their_targets():
 
 
 def test_programs_have_the_measured_shape():
-    """Notes 6.3: input mean 29 in training, 41 ID, 47 OOD, at most 77 and 83; 24 % negative; 1 in 36 a bare number."""
+    """Input mean 29 in training, 41 ID, 47 OOD, at most 77 and 83; 24 % negative; 1 in 36 a bare number."""
     task = open_task("program")
     for split, mean in (("train", 29), ("id", 41), ("ood", 47)):
         assert task.sample(split, 3000).lengths.mean() == pytest.approx(mean, abs=1.0)
@@ -138,7 +138,7 @@ def test_programs_have_the_measured_shape():
 
 
 def test_the_toy_comes_with_its_alignment():
-    """Notes 9.2: "582 13" and its end: TLU everywhere, NLP at the 1."""
+    """ "582 13" and its end: TLU everywhere, NLP at the 1."""
     task = open_task("addition")
     assert given("582 13") == [TLU, TLU, TLU, TLU, NLP, TLU, TLU]
     batch = task.sample("train", 300)

@@ -166,6 +166,9 @@ def test_windows_that_cannot_be_had_are_refused(long):
         windows(long, Characters(), 7, count=15, seed=0)
     with pytest.raises(UserError, match="at least 2"):
         windows(long, Characters(), 1)
+    for count in (0, -2):  # a slice would take none, or all but two
+        with pytest.raises(UserError, match=f"one window at least must be read, got {count}"):
+            windows(long, Characters(), 7, count=count)
 
 
 def test_real_tokenizers_add_nothing_of_their_own(tokenizer, file):

@@ -42,7 +42,7 @@ N = len(X)
 
 
 def six():
-    """The six points of the notes, 7.1, as columns of features in float64."""
+    """Six points, as columns of features in float64."""
     column = lambda numbers: torch.tensor(numbers, dtype=torch.float64)[:, None]  # noqa: E731
     return column(X), torch.tensor(Y), column(X_VAL), torch.tensor(Y_VAL)
 

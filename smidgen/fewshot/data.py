@@ -1,5 +1,6 @@
 """Images of training and evaluation, by name and split."""
 
+from smidgen.arrays import NoSplit
 from smidgen.errors import UserError
 from smidgen.fewshot.glyphs import SIZE, glyphs
 from smidgen.images import Images, load
@@ -17,9 +18,14 @@ def load_images(source: str, split: str, size: int | None = None, channels: int 
         if size not in (None, SIZE) or channels not in (None, 1):
             raise UserError("glyphs are 28x28 and grey; leave the size out, or use images of your own")
         if split not in ("train", "val", "test"):
-            raise UserError(f"glyphs has no split {split!r}; it has train, val, test")
+            raise UserError(f"glyphs has no split {split!r}; it has train, val, test, and no need of --hold-out")
         return glyphs(split)
-    return load(source, None if split == "all" else split, size, channels, skip_bad, least=2)
+    try:
+        return load(source, None if split == "all" else split, size, channels, skip_bad, least=2)
+    except NoSplit as error:
+        raise UserError(
+            f"{error}; classes without splits are divided by --hold-out 0.2 in training, and evaluated by --split all"
+        ) from error
 
 
 def shape_of(images: Images) -> Shape:

@@ -1,4 +1,4 @@
-"""Episodes: small classification tasks drawn from a set of labelled images (notes 1.1, 3.1).
+"""Episodes: small classification tasks drawn from a set of labelled images.
 
 A task has N classes ("ways"), relabelled 0 .. N-1, some labelled images of each (the support, K "shots") and others to be classified
 (the queries). Tasks come in batches of one shape; where they differ in size the rest is padding, label -1 and zero images, which every
@@ -10,8 +10,8 @@ method must mask:
 Who draws how many:
 
     shots       a number: every class has so many; "any": with probability 1/2 all classes of a task have the same n ~ U{1 .. 50}, otherwise
-                each its own (notes 3.1); "any-class" and "any-task" are the two halves alone. Classes with too few images get fewer.
-    queries     per class; "dirichlet": ways x queries in all, shared out by a Dirichlet(2) draw (notes 5.4), as far as a class has
+                each its own; "any-class" and "any-task" are the two halves alone. Classes with too few images get fewer.
+    queries     per class; "dirichlet": ways x queries in all, shared out by a Dirichlet(2) draw, as far as a class has
                 images beside its shots
 
 Images that belong together (`Images.groups`: frames of one film) are never on both sides of a task: half of a class's groups, drawn anew

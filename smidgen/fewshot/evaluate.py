@@ -1,4 +1,4 @@
-"""`smidgen fewshot evaluate`: a trained method's accuracy on tasks of classes it has not seen (notes 1.1, 1.3, 5.4).
+"""`smidgen fewshot evaluate`: a trained method's accuracy on tasks of classes it has not seen.
 
 Two things flatter a figure and are stated with it. Batch statistics in batch norm let queries inform each other, and so do transductive
 methods; whether they do is measured, by asking about one query alone. And as many queries of every class is knowledge that such methods
@@ -18,13 +18,13 @@ from cyclopts import Parameter
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from smidgen.errors import UserError
+from smidgen.distributed import is_first_process, own_device, process_run
+from smidgen.errors import UserError, check_seed
 from smidgen.fewshot.data import load_images, shape_of
 from smidgen.fewshot.episodes import Queries, Sampler, Shots, Tasks, accuracy
 from smidgen.fewshot.measure import evaluated, insides, norm_mode, predicted, transductive
 from smidgen.fewshot.methods import Shows
 from smidgen.fewshot.models import describe, load, trained_folder
-from smidgen.fit import is_first_process, own_device, process_run
 from smidgen.precision import pick_device
 from smidgen.run import Run
 
@@ -76,8 +76,7 @@ class Config:
                 raise UserError(f"--{name} must be positive, got {value}")
         if self.examples < 0:
             raise UserError(f"--examples must not be negative, got {self.examples}")
-        if not 0 <= self.seed < 2**31:
-            raise UserError(f"--seed must be between 0 and 2147483647, got {self.seed}")
+        check_seed(self.seed)
 
 
 def command(config: Config) -> dict[str, Any] | None:

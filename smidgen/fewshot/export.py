@@ -16,7 +16,7 @@ import torch
 from cyclopts import Parameter
 
 from smidgen.backbones import LITE, LITE_SIZE
-from smidgen.errors import UserError
+from smidgen.errors import UserError, check_seed
 from smidgen.fewshot.data import GLYPHS, load_images, shape_of
 from smidgen.fewshot.episodes import Episode, Sampler
 from smidgen.fewshot.models import Description, describe, load, trained_folder
@@ -69,6 +69,7 @@ class Config:
         for name, value in ((name, vars(self)[name]) for name in least):
             if value is not None and value < least[name]:
                 raise UserError(f"--{name} must be {'positive' if least[name] == 1 else 'at least 2'}, got {value}")
+        check_seed(self.seed)
         if self.bits == 8 and self.data is None:
             raise UserError("--bits 8 takes the ranges of activations from real images: give some with --data, such as those trained on")
 

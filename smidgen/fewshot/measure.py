@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from smidgen.errors import UserError
 from smidgen.fewshot.episodes import Episode, Tasks, accuracy
 from smidgen.fewshot.methods import Shows, Validates
+from smidgen.fit import seed_of
 from smidgen.run import Run
 
-BINS = ((1, 1), (2, 5), (6, 10), (11, 20), (21, 30), (31, 40), (41, 50))  # shots, in tables and figures (notes 3.6)
+BINS = ((1, 1), (2, 5), (6, 10), (11, 20), (21, 30), (31, 40), (41, 50))  # shots, in tables and figures
 INSIDES = 200  # episodes whose insides are kept
 Z = 1.96  # standard deviations to either side that hold 95% of a normal distribution
 
@@ -110,14 +111,14 @@ def predicted(
     """Probabilities of batch number i, the same whatever was drawn before."""
     device = episode.query_x.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed((seed * 2_654_435_761 + i) % 2**32)
+        torch.manual_seed(seed_of(seed, i))
         if validation and isinstance(method, Validates):
             return method.validate(episode)
         return method.predict(episode)  # pyright: ignore  a Method
 
 
 def norm_mode(method: nn.Module) -> str:
-    """What batch norm normalises by at test time: statistics of the training, or of the batch, queries and all (notes 1.3)."""
+    """What batch norm normalises by at test time: statistics of the training, or of the batch, queries and all."""
     from smidgen.fewshot.methods.inner import Classifier
 
     norms = [m for m in method.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm | Classifier)]
@@ -161,7 +162,7 @@ def insides(method: Shows, episode: Episode, seed: int, i: int) -> dict[str, Ten
     """What a method shows of batch number i, on the processor."""
     device = episode.query_x.device
     with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed((seed * 2_654_435_761 + i) % 2**32)
+        torch.manual_seed(seed_of(seed, i))
         return {name: torch.as_tensor(values).detach().float().cpu() for name, values in method.insides(episode).items()}
 
 

@@ -10,9 +10,9 @@ sees the images themselves. All images make one task: where a method lets querie
 statistics), an image's class depends on the others given with it; prototypes and simpleshot judge each one alone.
 
     prototypes          p(class | x) = softmax( -t |z - c|^2 )      z: features of length 1; c: mean z of the class's support
-    simpleshot          the same, z less the mean feature of the support first (notes 5.1; the paper takes the mean of base classes,
+    simpleshot          the same, z less the mean feature of the support first (the paper takes the mean of base classes,
                         which a backbone brought from elsewhere does not tell)
-    label-propagation   over simpleshot's z; images vote for each other along their likeness (notes 2.3)
+    label-propagation   over simpleshot's z; images vote for each other along their likeness
 
 Squared distances of such z lie between 0 and 4, so that t = 1 would call nothing certain; t = 10 is a choice of ours.
 
@@ -44,6 +44,7 @@ from smidgen.fewshot.methods.prototypes import ProtoNet
 from smidgen.fewshot.models import describe, load
 from smidgen.images import Images, unlabelled
 from smidgen.images import load as load_images
+from smidgen.precision import pick_device
 from smidgen.run import Run
 
 Method = Literal["prototypes", "simpleshot", "label-propagation"]
@@ -132,7 +133,7 @@ def main(config: Config, run: Run) -> Predictions:
     """Read, embed, compare; or read and ask the trained method."""
     config.check()
     started = time.monotonic()
-    device = _device(config.device)
+    device = pick_device(config.device)
     if config.model is not None:
         support, queries, probabilities, name = by_model(config, config.model, device)
     else:
@@ -230,9 +231,3 @@ def prototypes_over_lite(temperature: float = TEMPERATURE) -> ProtoNet:
 
 def _trained(model: Path) -> Path:
     return model / TRAINED if (model / TRAINED).is_dir() else model
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no CUDA device here")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

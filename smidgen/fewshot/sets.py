@@ -1,4 +1,4 @@
-"""Tasks of several data sets: each task comes whole from one of them, chosen with equal probability (notes 4.4).
+"""Tasks of several data sets: each task comes whole from one of them, chosen with equal probability.
 
 A network reads images of one shape, so the sets must have one: the caller resizes and makes grey images coloured (or the reverse), since
 only the caller knows whether a digit of 28 x 28 should be enlarged or padded. Different shapes are refused here, by name.
@@ -79,7 +79,7 @@ def one_shape(sets: Sequence[Images]) -> tuple[int, int, int]:
 
 
 def held_out(images: Images, share: float = 0.2) -> tuple[Images, Images]:
-    """The first classes, to train members with, and the last `share` of them, to train weights with (notes 4.4: in order of class id)."""
+    """The first classes, to train members with, and the last `share` of them, to train weights with (in order of class id)."""
     count = len(images.classes)
     kept = count - round(share * count)
     if not 0 < kept < count:

@@ -4,10 +4,10 @@ Every update is one batch of tasks of the training classes; tasks are numbered, 
 them, as `fit` does with any batches. Every so often the method is measured on tasks of the validation classes, always the same ones; the
 state that was best there is the one kept. The test classes are not touched: `smidgen fewshot evaluate` is for them.
 
-More shots in training than in use ("higher shot", notes 2.4) is `--shots 5 --validation-shots 1`. Of several data sets every task comes
+More shots in training than in use ("higher shot") is `--shots 5 --validation-shots 1`. Of several data sets every task comes
 whole from one, drawn uniformly; they must have images of one shape (`--size`, `--channels`).
 
-A mixture of meta-learners (`--method mxml`, notes 4) has two stages: one member per data set, learned from four fifths of its training
+A mixture of meta-learners (`--method mxml`) has two stages: one member per data set, learned from four fifths of its training
 classes, then the network that weighs them, from tasks of the other fifth, which no member has seen. Members are kept in RUN/members;
 `--members` takes trained ones and goes straight to the second stage.
 """
@@ -22,6 +22,7 @@ import torch
 from cyclopts import Parameter
 from torch import nn
 
+from smidgen.distributed import is_first_process, own_device, process_run
 from smidgen.errors import UserError
 from smidgen.fewshot.augment import Augment
 from smidgen.fewshot.data import Shape, load_images, shape_of
@@ -33,7 +34,7 @@ from smidgen.fewshot.methods.mxml import MxML
 from smidgen.fewshot.methods.mxml_stages import train_members
 from smidgen.fewshot.models import TRAINED, Description, describe, load, load_members, make, save, settle, trained_folder
 from smidgen.fewshot.sets import SetsSampler, held_out, one_shape
-from smidgen.fit import CHECKPOINT, FitConfig, FitResult, fit, is_first_process, own_device, process_run
+from smidgen.fit import CHECKPOINT, FitConfig, FitResult, fit
 from smidgen.images import Images
 from smidgen.precision import pick_device
 from smidgen.run import Run
@@ -41,10 +42,10 @@ from smidgen.run import Run
 __all__ = ["Config", "command", "load", "main", "train"]
 
 VALIDATION = 1  # added to the seed for the tasks of validation
-SHARE = 0.2  # of the training classes, for the weights of a mixture (notes 4.4)
+SHARE = 0.2  # of the training classes, for the weights of a mixture
 MEMBER, MEMBERS = "normalised-protonet", "members"
-HALVED: dict[str, Any] = {"schedule": "steps", "decay": 0.5, "decay_every": 10_000}  # notes 2.4
-SCHEDULES: dict[str, dict[str, Any]] = {name: {"schedule": "constant"} for name in ("maml", "meta-sgd", "btaml")}  # notes 3.5
+HALVED: dict[str, Any] = {"schedule": "steps", "decay": 0.5, "decay_every": 10_000}
+SCHEDULES: dict[str, dict[str, Any]] = {name: {"schedule": "constant"} for name in ("maml", "meta-sgd", "btaml")}
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ class Config(FitConfig, Source):
         """What the training loop has to know."""
         schedule: dict[str, Any] = {"schedule": self.schedule}
         if self.schedule == "method":
-            mixed = {"schedule": "steps", "decay": 0.1, "decay_every": max(1, 7 * self.steps // 10)}  # notes 4.2, 4.4
+            mixed = {"schedule": "steps", "decay": 0.1, "decay_every": max(1, 7 * self.steps // 10)}
             schedule = mixed if self.method in ("mxml", MEMBER) else SCHEDULES.get(self.method, HALVED)
         return self.alone(**schedule)
 

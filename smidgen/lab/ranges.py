@@ -36,7 +36,7 @@ from cyclopts import Parameter
 from jaxtyping import Float
 from torch import Tensor
 
-from smidgen.errors import UserError
+from smidgen.errors import UserError, check_seed
 from smidgen.precision import pick_device
 from smidgen.quant.ranges import Kind, Link, Range, fake_quantize
 from smidgen.report import write_report
@@ -150,6 +150,7 @@ def check(config: Config) -> None:
             raise UserError(f"--rate must be positive, got {rate}")
     if config.steps < 100:
         raise UserError(f"--steps must be at least 100, got {config.steps}")
+    check_seed(config.seed)
 
 
 def main(config: Config, run: Run) -> dict[str, Any]:

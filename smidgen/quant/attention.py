@@ -88,7 +88,7 @@ class HeadMoments:
         return attend(q, k, v, mask, scaling, x.dtype, visit)
 
     def _add_first_order(self, a: Float[Tensor, "batch kv sharing queries stop"], k: Tensor, v: Tensor, stop: int) -> None:
-        """Adds R_t^T M_t^T W_O^T W_O M_t R_t of a few queries t (BoA notes 4.6).
+        """Adds R_t^T M_t^T W_O^T W_O M_t R_t of a few queries t.
 
         M_t = sum_u p_u (v_u - v_mean)(k_u - k_mean)^T is how attention output t moves with its query, to first order.
         """
@@ -302,7 +302,8 @@ def attention_forward(
 def explicit_mask(*args: Any, **kwargs: Any) -> Tensor:
     """A boolean mask, always there: `None` would leave causality to a flag."""
     mask = sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
-    assert mask is not None
+    if mask is None:
+        raise UserError("tokens of this model see those after them: it is an encoder; only decoders, which continue a text, are quantized")
     return mask
 
 

@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from smidgen.errors import UserError
+from smidgen.errors import UserError, check_seed
 from smidgen.precision import forward_precision
-from smidgen.quant.checkpoint import Checkpoint, load_model
+from smidgen.quant.checkpoint import Checkpoint, check_length, load_model
 from smidgen.run import Run
 from smidgen.texts import SELF, windows
 
@@ -26,9 +26,11 @@ class Calibration:
     def __post_init__(self) -> None:
         if self.sequences < 1:
             raise UserError(f"--sequences must be at least 1, got {self.sequences}")
+        check_seed(self.seed)
 
     def tokens(self, checkpoint: Checkpoint, width: int, device: torch.device, run: Run) -> Int[Tensor, "n length"]:
         """The sequences; a warning if they are fewer tokens than the `width` inputs of the widest layer."""
+        check_length(checkpoint.config, self.length)
         if self.source != SELF:
             tokens = windows(self.source, checkpoint.tokenizer(), self.length, self.sequences, self.seed)
         else:

@@ -117,11 +117,24 @@ class Checkpoint:
 
 
 def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """Plain `from_pretrained`: what every user of the folder would do."""
+    """Plain `from_pretrained`: what every user of the folder would do; but weights that are missing are refused, not drawn at random."""
     from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    except ValueError as error:  # of an architecture that continues no text
+        raise UserError(f"{folder}: {str(error).splitlines()[0]}") from error
+    model, lacking = loaded[0], loaded[1]["missing_keys"]
+    if lacking:
+        raise UserError(f"{folder}: the weights lack {min(lacking)}, which the architecture {model.config.model_type} needs")
     return model.to(device).eval()
+
+
+def check_length(config: Any, length: int) -> None:
+    """Refuses texts of more tokens than a model of this configuration has positions."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)  # models without positions have no such number
+    if positions is not None and length > positions:
+        raise UserError(f"--length {length}: {config.model_type} reads {positions} tokens at most here; use --length {positions} or less")
 
 
 def unload(module: nn.Module) -> None:
@@ -136,7 +149,10 @@ def index(folder: Path) -> dict[str, Path]:
     """Tensor name -> file."""
     listed = folder / "model.safetensors.index.json"
     if listed.is_file():
-        files = {name: folder / file for name, file in json.loads(listed.read_text())["weight_map"].items()}
+        try:
+            files = {name: folder / file for name, file in json.loads(listed.read_text())["weight_map"].items()}
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"{listed} is damaged: no index of weights; copy the model again") from error
         missing = sorted({f.name for f in files.values() if not f.is_file()})
         if missing:
             raise UserError(f"{folder}: {missing[0]} is named in the index but missing")

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from smidgen.errors import UserError
 from smidgen.precision import forward_precision, pick_device
-from smidgen.quant.checkpoint import Checkpoint
+from smidgen.quant.checkpoint import Checkpoint, check_length
 from smidgen.quant.load import load_artifact
 from smidgen.quant.replay import replayed
 from smidgen.run import Run
@@ -62,7 +62,9 @@ def main(config: Config, run: Run) -> dict[str, Any]:
     folder = folder / "artifact" if (folder / "artifact" / "config.json").is_file() else folder
     if not (folder / "config.json").is_file():
         folder = Checkpoint.open(config.model).folder
-    tokenizer = Checkpoint(folder, folder.name).tokenizer()
+    checkpoint = Checkpoint(folder, folder.name)
+    check_length(checkpoint.config, config.length)
+    tokenizer = checkpoint.tokenizer()
     texts = {source: windows(source, tokenizer, config.length, config.windows) for source in config.text}
     model = load_artifact(folder, torch.float32, device)
     perplexities = {source: perplexity(model, tokens, run, source) for source, tokens in texts.items()}

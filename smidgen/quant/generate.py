@@ -17,7 +17,7 @@ import numpy as np
 from cyclopts import Parameter
 from jaxtyping import Float32, Int
 
-from smidgen.errors import UserError
+from smidgen.errors import UserError, check_seed
 from smidgen.process import peak_bytes, reset_peak
 from smidgen.quant.runtimes import Runtime, find
 from smidgen.run import Run
@@ -76,6 +76,7 @@ def run_command(config: Prompt) -> dict[str, Any]:
     """Continue a prompt in the artifact's own runtime."""
     if config.tokens < 1 or config.temperature < 0:
         raise UserError("--tokens must be at least 1 and --temperature not negative")
+    check_seed(config.seed)
     tokens: list[int] = []
     artifact, opened = find(config.artifact)
     with closing(opened(artifact, min(CONTEXT, len(config.prompt.encode()) + config.tokens), config.threads)) as runtime:
@@ -90,9 +91,9 @@ def run_command(config: Prompt) -> dict[str, Any]:
                 sys.stdout.write(text[len(shown) :])
                 sys.stdout.flush()
                 shown = text
-        seconds = time.monotonic() - started
-        sys.stdout.write("\n")
-        return {"runtime": runtime.name, "prompt": config.prompt, "text": runtime.decode(tokens), "tokens": len(tokens), "seconds": seconds}
+        seconds, text = time.monotonic() - started, runtime.decode(tokens)
+        sys.stdout.write(text[len(shown) :] + "\n")  # a character may have stayed incomplete
+        return {"runtime": runtime.name, "prompt": config.prompt, "text": text, "tokens": len(tokens), "seconds": seconds}
 
 
 def continued(runtime: Runtime, prompt: Int[np.ndarray, "n"], count: int, temperature: float, seed: int) -> Iterator[int]:
@@ -120,6 +121,8 @@ def bench_command(config: Bench) -> dict[str, Any]:
     """Measure an artifact in its own runtime: speed, memory, perplexity."""
     if min(config.prompt_tokens, config.new_tokens, config.repeats) < 1:
         raise UserError("--prompt-tokens, --new-tokens and --repeats must be at least 1")
+    if config.length < 2 or (config.windows is not None and config.windows < 1):
+        raise UserError(f"--length must be at least 2 and --windows at least 1 or none, got {config.length} and {config.windows}")
     with Run("bench", config, config.output, config.artifact.stem) as run:
         return bench(config, run)
 
@@ -131,11 +134,12 @@ def bench(config: Bench, run: Run) -> dict[str, Any]:
     before, started = peak_bytes(), time.monotonic()
     with closing(opened(artifact, max(config.length, config.prompt_tokens + config.new_tokens), config.threads)) as runtime:
         loaded = time.monotonic() - started
+        texts = {text: windows(runtime, text, config) for text in config.text}
         tokens = np.array(runtime.encode(read_text("docstrings:numpy"))[: config.prompt_tokens])
         times = [timed(runtime, tokens, config.new_tokens) for _ in run.track(range(config.repeats), "generating", config.repeats)]
         first, rest = (statistics.median(t) for t in zip(*times, strict=True))
         peak = peak_bytes()
-        texts = {text: perplexity(runtime, text, config, run) for text in config.text}
+        perplexities = {text: perplexity(runtime, tokens, run, text) for text, tokens in texts.items()}
         return run.finish(
             runtime=runtime.name,
             artifact=str(artifact),
@@ -146,7 +150,7 @@ def bench(config: Bench, run: Run) -> dict[str, Any]:
             decode_tokens_per_second=config.new_tokens / rest,
             peak_memory_bytes=peak,
             memory_before_bytes=before,
-            perplexity=texts,
+            perplexity=perplexities,
         )
 
 
@@ -160,24 +164,28 @@ def timed(runtime: Runtime, prompt: Int[np.ndarray, "n"], count: int) -> tuple[f
     return first, time.monotonic() - started - first
 
 
-def perplexity(runtime: Runtime, text: str, config: Bench, run: Run) -> float:
-    """exp of the mean negative log-likelihood of every token but the first of each window, as `smidgen evaluate` has it."""
+def windows(runtime: Runtime, text: str, config: Bench) -> Int[np.ndarray, "windows length"]:
+    """A text's first windows of tokens, as `smidgen.texts.windows` has them, which needs torch."""
     tokens = np.array(runtime.encode(read_text(text)))
     count = len(tokens) // config.length
     if count == 0:
         raise UserError(
             f"{text}: {len(tokens)} tokens are less than one window of {config.length}; use a longer text or a smaller --length"
         )
-    count = count if config.windows is None else min(count, config.windows)
+    return tokens[: count * config.length].reshape(count, -1)[: config.windows]
+
+
+def perplexity(runtime: Runtime, tokens: Int[np.ndarray, "windows length"], run: Run, text: str) -> float:
+    """exp of the mean negative log-likelihood of every token but the first of each window, as `smidgen evaluate` has it."""
     total = 0.0
-    for window in run.track(tokens[: count * config.length].reshape(count, -1), f"perplexity on {text}", count):
+    for window in run.track(tokens, f"perplexity on {text}", len(tokens)):
         logits = runtime.logits(window)[:-1].astype(np.float64)
         top = logits.max(-1, keepdims=True)
         likelihood = logits[np.arange(len(logits)), window[1:]] - top[:, 0] - np.log(np.exp(logits - top).sum(-1))
         total -= float(likelihood.sum())
     if not math.isfinite(total):
         raise UserError(f"perplexity on {text} is not finite in {runtime.name}")
-    return math.exp(total / (count * (config.length - 1)))
+    return math.exp(total / tokens[:, 1:].size)
 
 
 def size(artifact: Path) -> int:

@@ -8,7 +8,7 @@ across rounding thresholds and the ends of the ranges to where clipping costs as
 
     min-max         low / R and high / R, with R the calibrated range
     beta-gamma      factors of the calibrated (weights: the present) minimum and maximum
-    scale-offset    s N, its learning rate times its first value, and zeta / N; poor above 4 bits, see docs/methods.md
+    scale-offset    s N, its learning rate times its first value, and zeta / N; poor above 4 bits, see docs/activations.md
 
 What a batch holds: windows of tokens, (batch, length), each predicted from those before it. Dropout is off: rounding is noise enough, and
 range and clipping are learned for the values that inference has. Fine-tuning on a text improves the model on that text whatever
@@ -28,12 +28,13 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from smidgen.distributed import is_first_process, own_device, process_run
 from smidgen.errors import UserError
-from smidgen.fit import CHECKPOINT, FitConfig, FitResult, is_first_process, own_device, process_run
+from smidgen.fit import CHECKPOINT, FitConfig, FitResult
 from smidgen.precision import pick_device
 from smidgen.quant import attention
 from smidgen.quant.activations import Reach, clipping
-from smidgen.quant.checkpoint import Checkpoint
+from smidgen.quant.checkpoint import Checkpoint, check_length
 from smidgen.quant.evaluate import perplexity
 from smidgen.quant.ranges import Kind, Link
 from smidgen.quant.simulate import QuantLinear, Scheme
@@ -139,6 +140,8 @@ class Config(FitConfig, Source):
 
     def check_start(self) -> None:
         """Refuses options that another start has."""
+        if self.quadapter != type(self).quadapter and self.start != "quadapter":
+            raise UserError(f"--quadapter.* options are of --start quadapter, not of {self.start}")
         if self.sites != AUTO and self.start not in FACTORS:
             raise UserError(f"--sites are of --start {', '.join(FACTORS)}, not of {self.start}")
         if self.factors is not None and self.start in ("min-max", "mse"):
@@ -162,6 +165,7 @@ def main(config: Config, run: Run) -> dict[str, Any]:
     config.check()
     device = own_device(pick_device(config.device))
     source = Checkpoint.open(config.model)
+    check_length(source.config, config.length)
     tokens = windows(config.train, source.tokenizer(), config.length, config.sequences, config.seed)
     learnt, held_out = split(tokens, config.held_out)
     texts = {text: windows(text, source.tokenizer(), config.length, config.eval_windows) for text in config.evaluate}

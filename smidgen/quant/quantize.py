@@ -19,7 +19,7 @@ from smidgen.precision import forward_precision, pick_device
 from smidgen.quant.allocate import knapsack, measured, widths
 from smidgen.quant.blocks import Block, Inputs, decoder_list, family_of, walk, widest
 from smidgen.quant.calibrate import Calibration
-from smidgen.quant.checkpoint import Checkpoint
+from smidgen.quant.checkpoint import Checkpoint, check_length
 from smidgen.quant.evaluate import generate, perplexity
 from smidgen.quant.export import EXPORTERS, check_formats, formats
 from smidgen.quant.formats import FORMATS, Q4_0
@@ -150,6 +150,8 @@ class Config:
     def grid(self, dtype: torch.dtype) -> Grid:
         """The weights' uniform grid, for a model stored as `dtype`."""
         auto = "float16" if dtype == torch.float32 else str(dtype).removeprefix("torch.")
+        if self.target_bpw is not None and not 2 <= self.target_bpw <= 8:
+            raise UserError(f"--target-bpw must lie between 2 and 8, got {self.target_bpw}")
         bits = self.bits if self.target_bpw is None else int(self.target_bpw)
         return Grid(bits, self.group, self.symmetric, auto if self.scale_dtype == "auto" else self.scale_dtype)
 
@@ -354,12 +356,11 @@ def check(model: PreTrainedModel, config: Config, grids: Grids, solver: RTN | GP
         raise UserError(f"--method {config.method} reads no statistics; leave out --stats")
     if config.stats and config.rotate:
         raise UserError("--stats are of the model as it is, and --rotate changes it; use one of them")
-    if config.target_bpw is not None and not 2 <= config.target_bpw <= 8:
-        raise UserError(f"--target-bpw must lie between 2 and 8, got {config.target_bpw}")
     if config.target_bpw is not None:  # every width that may be chosen
         (base,) = by_grid
         by_grid = {replace(base, bits=b): by_grid[base] for b in widths(config.target_bpw)}
     check_formats(model, config.formats(), by_grid)
+    check_length(model.config, config.length)
 
 
 @torch.no_grad()

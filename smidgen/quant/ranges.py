@@ -186,7 +186,8 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         gradients = _fused(_gradients) if grads[0].is_cuda else _gradients
-        to_x, to_scale, to_zero = gradients(grads[0], *ctx.saved_tensors, ctx.top, ctx.needs_input_grad[2])
+        x, scale, zero = ctx.saved_tensors
+        to_x, to_scale, to_zero = gradients(grads[0], x, scale, zero, ctx.top, ctx.needs_input_grad[2])
         return to_x, to_scale, to_zero, None
 
 

@@ -25,6 +25,7 @@ from smidgen.quant.calibrate import Calibration
 from smidgen.quant.checkpoint import Checkpoint
 from smidgen.quant.collect import collect
 from smidgen.quant.solvers import BOA, GPTQ
+from smidgen.quant.solvers.rtn import check_finite
 from smidgen.quant.stats import Stats
 from smidgen.quant.writing import writing
 from smidgen.run import Run
@@ -81,7 +82,10 @@ def main(config: Config, run: Run) -> dict[str, Any]:
     folder = StatsFolder(run.partial("stats"))
     _, blocks = decoder_list(model)
     for block in run.track(walk(checkpoint, model, tokens, device, forward_precision(device), "float"), "blocks", len(blocks)):
-        folder.write(block.index, collect(block, frozenset(needs)))
+        stats = collect(block, frozenset(needs))
+        for layer, found in stats.items():
+            check_finite(found.h_in, f"{block.name}.{layer}: second moments of the inputs")
+        folder.write(block.index, stats)
     folder.finish(model=checkpoint.name, blocks=len(blocks), needs=sorted(needs), tokens=tokens.numel(), seed=config.seed)
     final = run.keep(folder.path)
     run.say(f"statistics: {final}")
@@ -105,7 +109,11 @@ class StatsFolder:
 
     def about(self) -> dict[str, Any]:
         """Model, blocks, needs, tokens, seed."""
-        return json.loads((self.path / "stats.json").read_text())
+        try:
+            about = json.loads((self.path / "stats.json").read_text())
+            return {name: about[name] for name in ("model", "blocks", "needs", "tokens", "seed")}
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.path / 'stats.json'} is damaged; collect the statistics again") from error
 
     def check(self, checkpoint: Checkpoint, blocks: int, solver: GPTQ) -> None:
         """Raises a UserError if these are not the statistics the solver needs of this model."""

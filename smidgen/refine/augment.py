@@ -1,4 +1,4 @@
-"""New images under a budget: how many of what, made how, and which of them stay (notes 5.3).
+"""New images under a budget: how many of what, made how, and which of them stay.
 
     how many    class c of C gets B_c proportional to 1 + GAMMA e_c, sum B_c = B          e_c: out-of-fold error on trusted images
                 originals are never thrown away: a class that has more keeps them, and the others share the rest

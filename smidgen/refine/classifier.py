@@ -2,9 +2,9 @@
 
 A Conv-4 (networks.py) over the whole image at 32 x 32 and a linear layer; AdamW, cosine, always as many updates, so that more images cost
 no more and win nothing by being seen more often. What a network says of images it learnt is worthless here: of k networks, each learns
-without one fold and speaks of that fold alone; of images no network has seen, all speak (notes 4.1).
+without one fold and speaks of that fold alone; of images no network has seen, all speak.
 
-The judge sees its images slightly moved while it learns, else it could not tell a moved image from one of another class (notes 5.2); the
+The judge sees its images slightly moved while it learns, else it could not tell a moved image from one of another class; the
 network of the proof does not, for what new images are worth is what is to be measured.
 """
 

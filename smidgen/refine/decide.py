@@ -1,4 +1,4 @@
-"""From scores to verdicts: fix, drop, or leave alone (notes 4.5).
+"""From scores to verdicts: fix, drop, or leave alone.
 
     duplicate    of pictures that are there several times under one label all but the surest; all that validation has too
     outlier      blank, or unlike all others

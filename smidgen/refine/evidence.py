@@ -75,7 +75,7 @@ class Evidence:
 
     @cached_property
     def out_of_fold(self) -> Float[Tensor, "n classes"]:
-        """Probabilities given, or those of linear heads that saw neither the image nor its duplicates (notes 4.1)."""
+        """Probabilities given, or those of linear heads that saw neither the image nor its duplicates."""
         if self.probabilities is not None:
             return self.probabilities
         total = torch.zeros_like(self.targets)

@@ -1,4 +1,4 @@
-"""The proof: does a network learn more from the set after a stage than from the set before? (notes 4.5)
+"""The proof: does a network learn more from the set after a stage than from the set before?
 
 The same small network (classifier.py) is trained on both, S times, and asked about m held-out images that no stage has seen. With
 

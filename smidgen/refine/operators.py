@@ -1,4 +1,4 @@
-"""Transforms of images, by Pillow: what `smidgen refine` may make new images by, if the data says that labels survive it (notes 5.1).
+"""Transforms of images, by Pillow: what `smidgen refine` may make new images by, if the data says that labels survive it.
 
 An operator is applied at a strength; strength 0 is the image itself, to the bit. Lengths are shares of the image's sides, so that a photo
 and its small copy are changed alike. Where a transform uncovers the ground below, that has the colour of the image's border.

@@ -26,7 +26,7 @@ import numpy as np
 from cyclopts import App, Parameter
 
 from smidgen.backbones import LITE, Backbone, Scaling, open_backbone
-from smidgen.errors import UserError
+from smidgen.errors import UserError, check_seed
 from smidgen.precision import pick_device
 from smidgen.refine.cache import Cache
 from smidgen.refine.classifier import Judge, Recipe
@@ -119,8 +119,7 @@ class Config:
                 raise UserError(f"--{name} must be positive, got {value}")
         if not 0.05 <= self.held_out <= 0.5:
             raise UserError(f"--held-out must be between 0.05 and 0.5, got {self.held_out}")
-        if not 0 <= self.seed < 2**31:
-            raise UserError(f"--seed must be between 0 and 2147483647, got {self.seed}")
+        check_seed(self.seed)
         if self.validation_split is not None and self.validation is None:
             raise UserError("--validation-split is a part of --validation; give that, too")
         return tuple(stage for stage in STAGES if stage in asked)

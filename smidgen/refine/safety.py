@@ -1,4 +1,4 @@
-"""Which transforms keep the label: learnt from the images, per class (notes 5.2).
+"""Which transforms keep the label: learnt from the images, per class.
 
 For an operator t at strength s and trusted images of class c, judged by networks that saw neither them nor their duplicates:
 

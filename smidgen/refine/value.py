@@ -13,7 +13,7 @@ from typing import Literal
 from cyclopts import Parameter
 
 from smidgen.backbones import LITE, Scaling, open_backbone
-from smidgen.errors import UserError
+from smidgen.errors import UserError, check_seed
 from smidgen.precision import pick_device
 from smidgen.refine.detectors.duplicates import find_duplicates, group_numbers
 from smidgen.refine.evidence import Evidence, Method
@@ -68,6 +68,7 @@ class Config:
             raise UserError(
                 f"--method {self.method} compares models on a validation set; give one (--validation), or choose knn-shapley or data-oob"
             )
+        check_seed(self.seed)
         if self.validation_split is not None and self.validation is None:
             raise UserError("--validation-split is a part of --validation; give that, too")
         return method

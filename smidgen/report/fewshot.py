@@ -165,7 +165,7 @@ def example(task: dict[str, Any]) -> Iterator[Figure]:
     """One task."""
     rows = []
     for row in task["rows"]:
-        asked = [(q["png"], q["predicted"][-9:], q["predicted"] != row["class"]) for q in row["queries"]]
+        asked = [(q["png"], q["predicted"], q["predicted"] != row["class"]) for q in row["queries"]]
         labelled = [(uri, "", False) for uri in row["support"]]
         rows.append((row["class"], labelled, asked))
     title = f"Task {task['episode'] + 1}"

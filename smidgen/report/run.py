@@ -1,11 +1,10 @@
 """What the page of any run has: its metrics, and how it was made."""
 
-import re
 import shlex
 
 from smidgen.report.finished import Finished
 from smidgen.report.page import Cell, Section, Table
-from smidgen.report.words import flatten, label, number, quantity
+from smidgen.report.words import flatten, label, number, quantity, unit
 
 
 def generic(run: Finished) -> list[Section]:
@@ -16,7 +15,8 @@ def generic(run: Finished) -> list[Section]:
 
 def facts(run: Finished, shown: set[str]) -> dict[str, str]:
     """The metrics not shown elsewhere, with their units."""
-    return {label(path): quantity(path[0], value) for path, value in flatten(run.metrics).items() if path[0] not in shown}
+    named = {path: next((part for part in path if unit(part)), path[0]) for path in flatten(run.metrics) if path[0] not in shown}
+    return {label(path): quantity(named[path], value) for path, value in flatten(run.metrics).items() if path in named}
 
 
 def provenance(run: Finished) -> list[Section]:
@@ -33,7 +33,5 @@ def provenance(run: Finished) -> list[Section]:
 
 
 def again(run: Finished) -> str:
-    """The command that repeats a run; into a new folder where the run's own was chosen by name."""
-    named = re.search(r"^output: (?!null$)", run.config, re.MULTILINE)
-    output = ["--output", f"{run.folder}-again"] if named else []
-    return shlex.join(["smidgen", *run.job.split(), "--config", str(run.folder / "config.yaml"), *output])
+    """The command that repeats a run, in a new folder."""
+    return shlex.join(["smidgen", *run.job.split(), "--config", str(run.folder / "config.yaml")])

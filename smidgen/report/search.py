@@ -103,7 +103,8 @@ def threshold(calibration: Any) -> dict[str, str]:
 def files(run: Finished) -> list[Section]:
     """Bytes by file."""
     sizes = {name: size / 1e6 for name, size in run.per_text("size_bytes_by_file").items()}
-    return [Section("Size", figures=[Figure(plots.bars(sizes, "MB", "Size of the files"), "All that a device needs.")])] if sizes else []
+    picture = [Figure(plots.bars(sizes, "MB", "Size of the files"), "All that a device needs.")] if sizes else []
+    return [Section("Size", figures=picture, half=True)] if picture else []
 
 
 def loss(run: Finished) -> list[Section]:

@@ -75,7 +75,7 @@ def unit(name: str) -> str:
 def label(path: tuple[str, ...]) -> str:
     """A metric in words: ("perplexity", "wiki.txt") is "perplexity, wiki.txt"."""
     name = LABELS.get(path[0]) or path[0].removesuffix("_bytes").removesuffix("_seconds").replace("_", " ")
-    return ", ".join((name, *path[1:]))
+    return ", ".join((name, *(LABELS.get(part, part) if part.endswith("_bytes") else part for part in path[1:])))
 
 
 def flatten(value: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:

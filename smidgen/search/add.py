@@ -21,7 +21,7 @@ from jaxtyping import Float
 
 from smidgen.errors import UserError
 from smidgen.search.encoder import Encoder, description
-from smidgen.search.expected import expected
+from smidgen.search.expected import expected, unit
 from smidgen.search.features import Feature, Query, read_features, read_queries, write_features
 from smidgen.search.folder import FEATURES, INDEX
 from smidgen.search.fusion import words
@@ -101,8 +101,3 @@ def sides(encoder: Encoder, feature: Feature, examples: Sequence[str], lift: flo
     groups = [encoder(feature.views()), *([encoder(examples)] if examples else [])]
     units = unit(np.stack([group.mean(0) for group in groups]))
     return units if examples else lift * units
-
-
-def unit(rows: Float[np.ndarray, "n width"]) -> Float[np.ndarray, "n width"]:
-    """Of length 1; zeros stay zeros."""
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)

@@ -2,7 +2,7 @@
 
 A baseline is made for features and then scores queries against all of them; a feature it does not find scores -inf.
 
-    aosp     what ships: the settings search of the Android Open Source Project (notes 1.3)
+    aosp     what ships: the settings search of the Android Open Source Project
     fts5     SQLite's full-text index: every word, as a prefix, must be there
     bm25     S. Robertson, H. Zaragoza, The Probabilistic Relevance Framework, 2009; by the package bm25s
     dense    an encoder as it comes (zero-shot), or a table of it (static.py)

@@ -275,7 +275,7 @@ def to_checkpoint(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def keep_layers(model: Bert, kept: Sequence[int]) -> Bert:
-    """A copy with some of the layers (notes 2.4), which keep their order; all of them: the same network."""
+    """A copy with some of the layers, which keep their order; all of them: the same network."""
     if list(kept) != sorted(set(kept)) or not kept or not 0 <= kept[0] <= kept[-1] < model.shape.layers:
         raise UserError(f"layers {list(kept)} of {model.shape.layers}: numbers from 0 on, ascending, none twice")
     student = Bert(replace(model.shape, layers=len(kept)))
@@ -287,7 +287,7 @@ def keep_layers(model: Bert, kept: Sequence[int]) -> Bert:
 
 
 def keep_rows(model: Bert, pieces: Iterable[int], positions: int) -> Bert:
-    """A copy that knows only these pieces, in this order, and the first positions (notes 2.7)."""
+    """A copy that knows only these pieces, in this order, and the first positions."""
     rows = torch.tensor(list(pieces), device=model.words.weight.device)
     shape = replace(model.shape, vocabulary=len(rows), positions=positions)
     small = Bert(shape).to(model.words.weight.device)

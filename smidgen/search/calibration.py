@@ -1,4 +1,4 @@
-"""When to say that nothing fits (notes 2.10): a probability, and the least one with which an answer is shown.
+"""When to say that nothing fits: a probability, and the least one with which an answer is shown.
 
 An answer's evidence x is its best score and how far that stands out of the ten best,
 

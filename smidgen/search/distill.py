@@ -20,7 +20,7 @@ from cyclopts import Parameter
 from jaxtyping import Float
 from torch import Tensor
 
-from smidgen.errors import UserError
+from smidgen.errors import UserError, check_seed
 from smidgen.fit import FitConfig, fit
 from smidgen.precision import pick_device
 from smidgen.run import Run
@@ -87,6 +87,11 @@ class Config:
         for name, value in (("vocabulary", self.vocabulary), ("width", self.width), ("batch", self.batch)):
             if value < 1:
                 raise UserError(f"--{name} must be positive, got {value}")
+        check_seed(self.seed)
+        if self.steps < 0:
+            raise UserError(f"--steps must not be negative, got {self.steps}")
+        if self.texts is not None and not self.texts.is_file():
+            raise UserError(f"--texts: no such file: {self.texts}")
         method = self.method
         if not (method.temperature > 0 and min(method.alignment, method.list_kl, method.labels) >= 0):
             raise UserError("--method: temperature must be positive, alignment, list-kl and labels not negative")
@@ -97,7 +102,9 @@ class Config:
 
     def rate(self) -> float:
         """Of learning."""
-        return self.learning_rate or (TABLE_RATE if self.layers == "static" else LAYERS_RATE)
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return TABLE_RATE if self.layers == "static" else LAYERS_RATE
 
 
 def command(config: Config) -> dict[str, Any]:
@@ -217,8 +224,6 @@ def more_texts(config: Config) -> list[str]:
     if config.texts is None:
         catalogue = read_features(CATALOGUE)
         return [view for feature in catalogue for view in feature.views()] + [q.query for q in read_queries(QUERIES, catalogue)]
-    if not config.texts.is_file():
-        raise UserError(f"--texts: no such file: {config.texts}")
     lines = config.texts.read_text(encoding="utf-8", errors="replace").splitlines()
     return [line.strip() for line in lines if line.strip()]
 

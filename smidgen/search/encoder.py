@@ -1,7 +1,7 @@
 """The encoder a device runs: text in, vectors of length 1 out. Needs numpy, tokenizers and, for a transformer, onnxruntime.
 
 A transformer is encoder.onnx: pooling and normalisation are inside. The static tier has no layers: the vector of a text is the sum of its
-pieces' rows of a table (notes 2.8),
+pieces' rows of a table,
 
     v = sum_t scale[t] codes[t],  u = v / |v|                   so word order says nothing: f("do not") = f("not do")
 

@@ -16,7 +16,7 @@ import numpy as np
 from cyclopts import Parameter
 from jaxtyping import Float32
 
-from smidgen.errors import UserError
+from smidgen.errors import UserError, check_seed
 from smidgen.run import Run
 from smidgen.search.features import Query, read_queries
 from smidgen.search.folder import sizes
@@ -48,8 +48,7 @@ class Config:
         """Refuses what cannot work."""
         if self.timed < 1:
             raise UserError(f"--timed must be at least 1, got {self.timed}")
-        if not 0 <= self.seed < 2**31:
-            raise UserError(f"--seed must be between 0 and 2147483647, got {self.seed}")
+        check_seed(self.seed)
 
 
 def command(config: Config) -> dict[str, Any]:

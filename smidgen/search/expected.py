@@ -29,5 +29,9 @@ def expected(
     centre, usual = v.mean(0), moves.mean(0)
     x = v - centre
     w = np.linalg.solve(x.T @ x + RIDGE * np.eye(x.shape[1]), x.T @ (moves - usual))
-    found = texts + usual + (texts - centre) @ w
-    return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
+    return unit(texts + usual + (texts - centre) @ w)
+
+
+def unit(rows: Float[np.ndarray, "n width"]) -> Float[np.ndarray, "n width"]:
+    """Of length 1; zeros stay zeros."""
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)

@@ -7,7 +7,7 @@
     QUERIES    {"query": "my eyes hurt when I read at night", "relevant": ["night_light"], "kind": "contextual"}
                relevant: ids, the best first, none of them for the kind none; kind: contextual (the default), keyword, typo or none
 
-A feature is known by several texts, its views (notes 2.1): queries are matched with all of them. Titles alone mean little (there are five
+A feature is known by several texts, its views: queries are matched with all of them. Titles alone mean little (there are five
 called Privacy), so every view says where it is.
 """
 

@@ -1,4 +1,4 @@
-"""Words beside meaning, so that keywords and misspelt words are found and sentences are not hurt (notes 2.9).
+"""Words beside meaning, so that keywords and misspelt words are found and sentences are not hurt.
 
     s(q, d) = cos(q, d) + w c(q, d)^2
 

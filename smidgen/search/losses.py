@@ -1,4 +1,4 @@
-"""Losses over score lists: rows are queries, columns are all features, entries are cosines (notes 2.2).
+"""Losses over score lists: rows are queries, columns are all features, entries are cosines.
 
     InfoNCE        L = -1/n sum_i 1/|P_i| sum_{p in P_i} log( e^{s_ip/t} / sum_{j in J_i} e^{s_ij/t} )
                    P_i: features that answer query i ("out" form of SupCon, arXiv 2004.11362); J_i: all features but the masked ones.

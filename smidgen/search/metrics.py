@@ -1,4 +1,4 @@
-"""How good a ranking is (notes 4). Needs numpy alone.
+"""How good a ranking is. Needs numpy alone.
 
 Of a query with relevant features R and the ranking d_1, d_2, ...:
 

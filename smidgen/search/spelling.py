@@ -1,4 +1,4 @@
-"""Misspelt words, set right before a query is read (notes 2.3, 2.9).
+"""Misspelt words, set right before a query is read.
 
 One wrong letter turns a word into other pieces altogether, and an encoder's vector with it. So a word that is neither in the features'
 texts nor a whole piece of the vocabulary is replaced by the nearest one that is, if that is near enough:

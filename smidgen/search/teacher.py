@@ -22,7 +22,7 @@ from cyclopts import Parameter
 from jaxtyping import Float
 from torch import Tensor
 
-from smidgen.errors import UserError
+from smidgen.errors import UserError, check_seed
 from smidgen.fit import FitConfig, fit
 from smidgen.precision import pick_device
 from smidgen.run import Run
@@ -97,6 +97,7 @@ class Config:
         for name, value in (("epochs", self.epochs), ("batch", self.batch), ("method.refresh", self.method.refresh)):
             if value < 1:
                 raise UserError(f"--{name} must be positive, got {value}")
+        check_seed(self.seed)
         if self.interpolation is not None and not 0 <= self.interpolation <= 1:
             raise UserError(f"--interpolation must be between 0 and 1, got {self.interpolation}")
         if self.interpolation is None and not 1 <= self.folds <= FOLDS:

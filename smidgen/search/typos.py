@@ -1,4 +1,4 @@
-"""Misspelt queries, as thumbs make them (notes 2.3): a neighbouring key, a letter lost, doubled, or swapped with the next."""
+"""Misspelt queries, as thumbs make them: a neighbouring key, a letter lost, doubled, or swapped with the next."""
 
 from collections.abc import Sequence
 

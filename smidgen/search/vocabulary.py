@@ -1,4 +1,4 @@
-"""Fewer words (notes 2.7): half of a small BERT is the table of its 30,522 pieces; a phone's queries need a quarter of them.
+"""Fewer words: half of a small BERT is the table of its 30,522 pieces; a phone's queries need a quarter of them.
 
 Kept are the special pieces, the characters of Latin script, digits and ASCII signs, whole and as continuations (##a), every piece of the
 given texts, and the commonest others up to the size: BERT's uncased vocabulary lists its words by how common they are. WordPiece takes

@@ -1,4 +1,4 @@
-"""What seq2grid is measured against (section 5 of the notes): sequence models that write the answer symbol by symbol, and its own grid
+"""What seq2grid is measured against: sequence models that write the answer symbol by symbol, and its own grid
 networks without the module.
 
     lstm                    reads the input backwards, decodes from the last state (Sutskever, Vinyals, Le 2014)

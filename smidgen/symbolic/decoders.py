@@ -1,4 +1,4 @@
-"""Answers on the top list of a grid: slot 0 holds the end, slot 1 the last symbol, slot 2 the one before (notes 3, "Output side").
+"""Answers on the top list of a grid: slot 0 holds the end, slot 1 the last symbol, slot 2 the one before.
 
 A number that ends in slot 0 has its units in slot 1 whatever its length, which is where a network that adds wants them.
 

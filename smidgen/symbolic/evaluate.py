@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 from cyclopts import Parameter
 
-from smidgen.errors import UserError
+from smidgen.errors import UserError, check_seed
 from smidgen.run import Run
 from smidgen.symbolic.answering import By, Network, Said, Solved, decide, text_of
 from smidgen.symbolic.card import Card
@@ -68,6 +68,7 @@ class Config:
             raise UserError(f"--questions must be positive, got {self.questions}")
         if self.examples < 0:
             raise UserError(f"--examples must not be negative, got {self.examples}")
+        check_seed(self.seed)
 
 
 def command(config: Config) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from cyclopts import Parameter
 
-from smidgen.errors import UserError
+from smidgen.errors import UserError, check_seed
 from smidgen.run import Run
 from smidgen.symbolic.answering import decide, text_of
 from smidgen.symbolic.card import Card
@@ -64,6 +64,7 @@ class Config:
             raise UserError(f"--questions must be positive, got {self.questions}")
         if not 0 < self.risk < 1:
             raise UserError(f"--risk is a share of answers, between 0 and 1, got {self.risk}")
+        check_seed(self.seed)
 
 
 def command(config: Config) -> dict[str, Any]:

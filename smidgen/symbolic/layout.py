@@ -1,7 +1,7 @@
 """Which token lies in which cell, without torch: for the exact back end, for pictures, on a device.
 
-The weights are those of `seq2grid.weights`, by the recursion of notes 2 as it stands there. With u, p, n the probabilities of TLU, NLP and
-no-op, f[h, w] that what is written at (0,0) now ends at (h, w), and q[m] that m pushes are still to come, from the last token back:
+The weights are those of `seq2grid.weights`, by the recursion derived there. With u, p, n the probabilities of TLU, NLP and no-op,
+f[h, w] that what is written at (0,0) now ends at (h, w), and q[m] that m pushes are still to come, from the last token back:
 
     M[h,w] = (u + p) f[h,w]
     f[h,w] <- u f[h,w-1] + n f[h,w] + [w=0][h>=1] p q[h-1]         q[m] <- (1 - p) q[m] + p q[m-1]

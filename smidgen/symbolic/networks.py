@@ -1,4 +1,4 @@
-"""The networks around seq2grid (sections 3 and 4 of the notes): encoders in front of it, grid networks behind it, readouts.
+"""The networks around seq2grid: encoders in front of it, grid networks behind it, readouts.
 
     encoder     (batch, time, dim), mask  ->  (batch, time, dim)        GRU, LSTM, Transformer, MLP
     network     (batch, rows, columns, dim) -> (batch, rows, columns, channels)          Blocks

@@ -1,7 +1,7 @@
 """seq2grid: a sequence of tokens laid out on a grid of cells by three list actions, all of it differentiable.
 
-Kim, Nam, Kim, Jung, "Neural Sequence-to-grid Module for Learning Symbolic Rules", AAAI 2021, arXiv 2101.04921; sections below are of the
-notes on it. An encoder reads the tokens and gives each one a probability for every action; the task's loss is all that teaches them.
+Kim, Nam, Kim, Jung, "Neural Sequence-to-grid Module for Learning Symbolic Rules", AAAI 2021, arXiv 2101.04921. An encoder reads the
+tokens and gives each one a probability for every action; the task's loss is all that teaches them.
 
     x_t          embedding of token t = 1 .. T, C wide
     u_t, p_t, n_t   probabilities of its actions: top-list-update, new-list-push, no-op; their sum is 1
@@ -51,7 +51,7 @@ Mode = Literal["soft", "hard"]
 
 
 def update(grid: Grid, x: Float[Tensor, "batch dim"], action: Float[Tensor, "batch 3"]) -> Grid:
-    """One step of the definition, section 2."""
+    """One step of the definition."""
     u, p, n = action[:, :, None, None, None].unbind(1)
     empty = grid[:, :1, 1:] * 0
     top = torch.cat([x[:, None, None], grid[:, :1, :-1]], 2)

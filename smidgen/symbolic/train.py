@@ -21,8 +21,9 @@ import torch
 from cyclopts import Parameter
 from torch import nn
 
+from smidgen.distributed import is_first_process, own_device, process_run
 from smidgen.errors import UserError
-from smidgen.fit import CHECKPOINT, FitConfig, FitResult, fit, is_first_process, own_device, process_run
+from smidgen.fit import CHECKPOINT, FitConfig, FitResult, fit
 from smidgen.precision import pick_device
 from smidgen.run import Run
 from smidgen.symbolic.grid_model import GridModel
@@ -38,7 +39,7 @@ from smidgen.symbolic.tasks import Batch, Task, open_task
 EVALUATIONS = 20  # of a training, where their interval is not given
 VALIDATION = 1  # added to the seed for the questions of validation
 BUCKETS = 32  # of questions read as words, whose lengths differ a lot
-BETAS = {False: (0.85, 0.997), True: (0.9, 0.98)}  # of Adam, for sequences and for labels (section 4)
+BETAS = {False: (0.85, 0.997), True: (0.9, 0.98)}  # of Adam, for sequences and for labels
 TIE = 1e-5  # weight of doubt among states with as many errors
 EPSILON = {False: 1e-6, True: 1e-9}
 
@@ -122,20 +123,10 @@ class Config:
 
     def fit(self) -> FitConfig:
         """What the training loop has to know; it keeps the best state only if it has patience, so it has enough for all validations."""
-        return FitConfig(
-            steps=self.steps,
-            learning_rate=self.learning_rate,
-            schedule=self.schedule,
-            warmup=self.warmup,
-            weight_decay=self.weight_decay,
-            clip=self.clip,
-            accumulation=self.accumulation,
-            precision=self.precision,
+        return FitConfig.of(
+            self,
             evaluate_every=max(1, self.steps // EVALUATIONS) if self.validate_every is None else self.validate_every,
             patience=self.steps + 2 if self.patience is None else self.patience,
-            checkpoint_every=self.checkpoint_every,
-            seed=self.seed,
-            resume=self.resume,
         )
 
 

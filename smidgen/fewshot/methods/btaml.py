@@ -1,4 +1,4 @@
-"""Bayesian TAML (Lee, Lee, Na, Kim, Park, Yang, Hwang 2020): learning to balance, for tasks and classes of any number of shots (notes 3).
+"""Bayesian TAML (Lee, Lee, Na, Kim, Park, Yang, Hwang 2020): learning to balance, for tasks and classes of any number of shots.
 
 Meta-SGD whose inner loop is balanced by three variables per task, which an encoder reads from the support set:
 
@@ -9,7 +9,7 @@ Meta-SGD whose inner loop is balanced by three variables per task, which an enco
     theta_k = theta_{k-1} - exp(gamma~_l) alpha grad sum_c w_c C / N sum_{i in c} ce_i(theta_{k-1})
 
 All three are random, phi = (omega~, gamma~, z~) with prior N(0, 1) on every entry and q(phi | support) = N(mu, softplus(s)^2). Minimised
-over theta, alpha and the encoder, per task of N support and M query images (notes 3.3):
+over theta, alpha and the encoder, per task of N support and M query images:
 
     mean query cross-entropy of theta_K(phi), phi ~ q      +      KL(q || p) / (N + M)
 
@@ -50,7 +50,7 @@ class BTAMLConfig:
     z: bool = True
     "Shift the initial weights."
     bayesian: bool = True
-    "Draw phi and keep q near its prior; without, phi is what the encoder says (deterministic TAML, notes 3.6)."
+    "Draw phi and keep q near its prior; without, phi is what the encoder says (deterministic TAML)."
     direct_omega: bool = False
     "omega from the class's statistics by one dense layer, without a hidden one: the authors' run over several data sets."
     rate: float = 0.01
@@ -78,7 +78,7 @@ class BTAML(nn.Module):
         self.encoder = Encoder(image, self.config)
 
     def forward(self, episode: Episode) -> Float[Tensor, ""]:
-        """The objective of notes 3.3, mean over tasks; phi is sampled in training mode, otherwise its mean."""
+        """The objective above, mean over tasks; phi is sampled in training mode, otherwise its mean."""
         q = self.encoder(episode)
         phi = sample(q) if self.training and self.config.bayesian else {name: mu for name, (mu, _) in q.items()}
         steps = self.config.inner.steps if self.training else self.config.inner.test_steps
@@ -138,7 +138,7 @@ class BTAML(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A set of sets, read class by class: images -> statistics of each class -> statistics of the classes (notes 3.4).
+    """A set of sets, read class by class: images -> statistics of each class -> statistics of the classes.
 
     Classes enter through pooling and shared weights: their order permutes omega and nothing else, and any number of them will do.
 

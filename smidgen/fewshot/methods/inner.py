@@ -1,4 +1,4 @@
-"""The inner loop shared by MAML, Meta-SGD and Bayesian TAML (notes 3.2, 3.5): a classifier, and its adaptation to a batch of tasks.
+"""The inner loop shared by MAML, Meta-SGD and Bayesian TAML: a classifier, and its adaptation to a batch of tasks.
 
     theta_k = theta_{k-1} - rate * grad L(theta_{k-1}),   k = 1 .. K,       L(theta) = sum_c w_c C / N sum_{i in class c} ce_i(theta)
 
@@ -17,7 +17,7 @@ that stay the same from step to step: their windows are cut out once, and batch 
 windows' mean m and covariance C without a look at the maps.
 
 Rows of padding (label -1) have no part in the loss, in N, or in the statistics of batch norm. `faithful_padding` counts them in the latter
-two, as the authors' code does (notes 3.7): for comparison only.
+two, as the authors' code does: for comparison only.
 """
 
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ from smidgen.fewshot.methods.columns import Columns
 BLOCKS = 4
 SMALLEST = 2**BLOCKS  # pixels a side, of which the last pooling leaves one
 PART = 8  # images of a task in one matrix product; see above
-EPSILON = 1e-3  # of batch norm; not in the notes, the default of TensorFlow's layer that has a shift alone
+EPSILON = 1e-3  # of batch norm; the default of TensorFlow's layer that has a shift alone
 
 Layers = list[tuple[Tensor, Tensor]]
 "Weight and bias of four convolutions and the head; of their steps; of their gradients."
@@ -64,11 +64,11 @@ class Inner:
 
 
 class Classifier(nn.Module):
-    """Conv-4 with a linear head, as Bayesian TAML has it (notes 3.5).
+    """Conv-4 with a linear head, as Bayesian TAML has it.
 
     Convolutions have a bias; batch norm has a shift and no scale, uses the statistics of the batch always (queries inform each other), and
     its shift is learned but not adapted. The head starts at zero, not learned: any number of ways works, and classes are exchangeable.
-    Initial convolutions: Glorot's uniform, which is ours; the notes do not say.
+    Initial convolutions: Glorot's uniform, which is ours.
     """
 
     def __init__(self, image: tuple[int, int, int], inner: Inner | None = None) -> None:
@@ -134,7 +134,7 @@ class Classifier(nn.Module):
 class Rates(nn.Module):
     """The learned step sizes of Meta-SGD, one for every weight.
 
-    Of the head, one row over the features and one number for the bias, repeated for every class (notes 3.5).
+    Of the head, one row over the features and one number for the bias, repeated for every class.
     """
 
     def __init__(self, classifier: Classifier, initial: float = 0.01) -> None:
@@ -279,7 +279,7 @@ def even(episode: Episode) -> Float[Tensor, "tasks ways"]:
 def inverse_size(episode: Episode) -> Float[Tensor, "tasks ways"]:
     """w_c = N / (C^2 N_c): L becomes the mean over classes of a class's mean cross-entropy.
 
-        The "1/N_c" baseline of notes 3.6; its constant is our reading, chosen so that equal shots give `even`.
+        The "1/N_c" baseline that Bayesian TAML is compared with; its constant is our reading, chosen so that equal shots give `even`.
 
         >>> from smidgen.fewshot.episodes import Episode
     from smidgen.fewshot.methods.columns import Columns

@@ -1,12 +1,12 @@
-"""MAML (Finn, Abbeel, Levine 2017) and Meta-SGD (Li, Zhou, Chen, Li 2017): weights from which few gradient steps lead far (notes 5.1).
+"""MAML (Finn, Abbeel, Levine 2017) and Meta-SGD (Li, Zhou, Chen, Li 2017): weights from which few gradient steps lead far.
 
     theta_k = theta_{k-1} - alpha * grad L_support(theta_{k-1}),  k = 1 .. K;     minimise L_query(theta_K) over theta_0
 
 In MAML alpha is a number; in Meta-SGD a tensor of theta's shape, learned with theta_0. The network, the zero head, the number of steps and
-the clipping are those of Bayesian TAML's experiments (notes 3.5), so that the three can be compared; the original papers' differ (5.1).
+the clipping are those of Bayesian TAML's experiments, so that the three can be compared; the original papers' differ.
 
-Train both with notes 3.5: constant learning rate, FitConfig(clip=None, precision="float32"), since the gradient is clipped here, entry by
-entry, and second derivatives do not survive half precision. Query accuracy depends on how many queries share a batch (notes 1.3).
+Train both at a constant learning rate with FitConfig(clip=None, precision="float32"), since the gradient is clipped here, entry by
+entry, and second derivatives do not survive half precision. Query accuracy depends on how many queries share a batch.
 """
 
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ class MAMLConfig:
     """How MAML adapts."""
 
     rate: float = 0.5
-    "alpha; the notes have 0.5 for 32 x 32 images and 0.1 for mini-ImageNet."
+    "alpha; Bayesian TAML has 0.5 for 32 x 32 images and 0.1 for mini-ImageNet."
     inner: Inner = field(default_factory=Inner)
 
     def __post_init__(self) -> None:
@@ -71,7 +71,7 @@ class MetaSGDConfig:
     rate: float = 0.01
     "Initial alpha."
     balance: Literal["images", "classes"] = "images"
-    "What has the same weight in the support loss: every image, or every class (the 1/N_c baseline of notes 3.6)."
+    "What has the same weight in the support loss: every image, or every class (the 1/N_c baseline)."
     inner: Inner = field(default_factory=Inner)
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""MxML, a mixture of meta-learners (notes 4): M members, each trained on tasks of its own data set, and a network that weights them.
+"""MxML, a mixture of meta-learners: M members, each trained on tasks of its own data set, and a network that weights them.
 
 A new task may come from none of the members' data sets. The weight prediction network looks at how each member embeds the task; the
 mixture of the members' predictions by its weights is the answer. N ways, T queries, F features; shapes with tasks in front:

@@ -1,4 +1,4 @@
-"""MxML's training (notes 4.2, 4.4): members, each on its own data set; then, members frozen, the network that weighs them."""
+"""MxML's training: members, each on its own data set; then, members frozen, the network that weighs them."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace

@@ -1,6 +1,6 @@
 """Label propagation: labels flow from the support to all queries at once, through a graph of neighbours.
 
-    Zhou et al., Learning with Local and Global Consistency, NIPS 2004; as Liu et al. use it, TPN, ICLR 2019 (notes 2.3, 5.1)
+    Zhou et al., Learning with Local and Global Consistency, NIPS 2004; as Liu et al. use it, TPN, ICLR 2019
 
     W_ij = exp( -1/2 d( f_i / sigma_i , f_j / sigma_j ) )      d: squared Euclidean distance divided by the number of features
     W <- W_ij where among the k largest of row i or of row j   the diagonal, 1, takes one of the k places
@@ -20,7 +20,7 @@ sigma matters more than anything else here. Where it is too wide all nodes are j
 node for every i, and one class takes all queries: 5 Gaussian classes, 1 shot, 16 features: 0.82 correct with a fifth of the `spread`,
 0.36 with half of it, 0.71 with prototypes. Choose it on validation tasks of the size of those to come.
 
-Padding has no edges. Balanced queries flatter heads like this (notes 5.4): see `rebalanced`, our correction, off by default.
+Padding has no edges. Balanced queries flatter heads like this: see `rebalanced`, our correction, off by default.
 """
 
 import math
@@ -191,13 +191,13 @@ class Propagating(nn.Module, ABC):
         """Of every node; of padding anything but 0."""
 
     def loss(self, episode: Episode, unlabelled: Float[Tensor, "tasks extra *image"] | None = None) -> Float[Tensor, ""]:
-        """Mean cross-entropy over support and queries (notes 2.3, 8)."""
+        """Mean cross-entropy over support and queries."""
         return cross_entropy(self.scores(episode, unlabelled), torch.cat([episode.support_y, episode.query_y], 1))
 
     def predict(
         self, episode: Episode, unlabelled: Float[Tensor, "tasks extra *image"] | None = None, alone: bool = False
     ) -> Float[Tensor, "tasks queries ways"]:
-        """Probabilities of the queries. `alone`: each query enters a graph of its own, without the others (TPN-semi, notes 2.5)."""
+        """Probabilities of the queries. `alone`: each query enters a graph of its own, without the others (TPN-semi)."""
         support = episode.support_y.shape[1]
         if alone:
             return one_by_one(lambda e, u: self.scores(e, u)[:, support:], episode, unlabelled).softmax(-1)

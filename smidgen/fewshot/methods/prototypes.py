@@ -1,6 +1,6 @@
 """Prototypical networks: a query belongs to the class whose mean it is nearest to.
 
-    Snell, Swersky, Zemel, Prototypical Networks for Few-shot Learning, NeurIPS 2017 (notes 5.1)
+    Snell, Swersky, Zemel, Prototypical Networks for Few-shot Learning, NeurIPS 2017
 
     c_n = mean of f(x_i) over the support of class n         p(y = n | x) = softmax_n( -|f(x) - c_n|^2 )
 

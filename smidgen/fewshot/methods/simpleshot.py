@@ -1,6 +1,6 @@
 """SimpleShot: nearest class mean of centred, unit-length features (CL2N).
 
-    Wang, Chao, Weinberger, van der Maaten, SimpleShot: Revisiting Nearest-Neighbor Classification for Few-Shot Learning, 2019 (notes 5.1)
+    Wang, Chao, Weinberger, van der Maaten, SimpleShot: Revisiting Nearest-Neighbor Classification for Few-Shot Learning, 2019
 
     z = (f(x) - m) / |f(x) - m|         m: mean feature of the base classes, those the backbone was trained on
 

@@ -1,6 +1,6 @@
 """TPN, the transductive propagation network: label propagation whose graph is learned, end to end with the embedding.
 
-    Liu, Lee, Park, Kim, Kim, Yang, Hwang, Learning to Propagate Labels, ICLR 2019, arXiv 1805.10002 (notes 2)
+    Liu, Lee, Park, Kim, Kim, Yang, Hwang, Learning to Propagate Labels, ICLR 2019, arXiv 1805.10002
 
     sigma_i = g(f(x_i))         one number per node, support and queries; f the embedding, g the graph module
     F*, p                       as propagation.py has them, with these sigma, k = 20 and alpha = 0.99
@@ -18,7 +18,7 @@ than confident mistakes do, and their gradient vanishes. Of three seeds one
 learned 32 x 32 photographs from there. Ways out: to start from one larger sigma for all nodes (`started`), to train with more shots, or to
 let a ProtoNet's loss teach the embedding as well (`prototypes`, off by default); the first and the last are ours.
 
-The graph module (notes 2.2) is sized from the map it reads, pooling rounding up: of Conv-4 and 84 x 84 images
+The graph module is sized from the map it reads, pooling rounding up: of Conv-4 and 84 x 84 images
 
     map 64 x 5 x 5 -> conv 3x3 64, BN, ReLU, pool -> 64 x 3 x 3 -> conv 3x3 1, BN, ReLU, pool -> 1 x 2 x 2 -> fc 8, ReLU -> fc 1
 

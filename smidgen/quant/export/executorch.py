@@ -158,7 +158,7 @@ def imported() -> None:
         import executorch.exir  # pyright: ignore[reportMissingImports]  # noqa: F401
         import torchao  # pyright: ignore[reportMissingImports]  # noqa: F401
     except ImportError as error:
-        raise UserError(f"executorch programs need {error.name}: pip install smidgen[executorch]") from error
+        raise UserError(f"executorch programs need {error.name}: pip install 'smidgen[executorch]'") from error
 
 
 @torch.no_grad()

@@ -226,5 +226,5 @@ def gguf_package() -> Any:
         import gguf
         import gguf.quants
     except ImportError as error:
-        raise UserError("GGUF files need the package gguf: pip install smidgen[gguf]") from error
+        raise UserError("GGUF files need the package gguf: pip install 'smidgen[quant]'") from error
     return gguf

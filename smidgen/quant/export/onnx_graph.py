@@ -279,5 +279,5 @@ def library() -> Any:
     try:
         import onnx_ir
     except ImportError as error:
-        raise UserError("ONNX export needs the package onnx_ir: pip install smidgen[onnx]") from error
+        raise UserError("ONNX export needs the package onnx_ir: pip install 'smidgen[onnx]'") from error
     return onnx_ir

@@ -34,7 +34,7 @@ class ExecuTorch:
 
             from executorch.runtime import Runtime  # pyright: ignore[reportMissingImports]
         except ImportError as error:
-            raise UserError(f"running .pte files needs {error.name}: pip install smidgen[executorch]") from error
+            raise UserError(f"running .pte files needs {error.name}: pip install 'smidgen[executorch]'") from error
         try:
             program: Any = Runtime.get().load_program(artifact / "model.pte")
             most = program.load_method("get_max_seq_len").execute(())[0]

@@ -182,7 +182,7 @@ def library() -> tuple[Any, Any, str]:
     try:
         from llama_cpp_py_sync import __llama_cpp_tag__, _cffi_bindings
     except ImportError as error:
-        raise UserError("llama.cpp needs the package llama-cpp-py-sync: pip install smidgen[llamacpp]") from error
+        raise UserError("llama.cpp needs the package llama-cpp-py-sync: pip install 'smidgen[llamacpp]'") from error
     ffi: Any = _cffi_bindings.ffi
     try:
         lib: Any = _cffi_bindings.get_lib()
@@ -190,7 +190,7 @@ def library() -> tuple[Any, Any, str]:
         other = extension()
         if other is None:
             raise UserError(
-                f"llama.cpp cannot be loaded on this system, pip install smidgen[llamacpp] may help: {str(error).splitlines()[0]}"
+                f"llama.cpp cannot be loaded on this system, pip install 'smidgen[llamacpp]' may help: {str(error).splitlines()[0]}"
             ) from error
         lib = ffi.dlopen(str(other))
     if not KEPT:

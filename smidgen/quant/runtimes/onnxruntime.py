@@ -45,7 +45,7 @@ class OnnxRuntime:
         try:
             import onnxruntime
         except ImportError as error:
-            raise UserError(f"running ONNX artifacts needs the package {error.name}: pip install smidgen[onnx]") from error
+            raise UserError(f"running ONNX artifacts needs the package {error.name}: pip install 'smidgen[onnx]'") from error
         artifact = artifact.parent if artifact.is_file() else artifact
         missing = [f for f in FILES if not (artifact / f).is_file()]
         if missing:
@@ -91,7 +91,10 @@ class OnnxRuntime:
         """Appends tokens to the cache; the logits after each."""
         total = self.used + len(tokens)
         if total > self.length:
-            raise UserError(f"{total} tokens are more than the {self.length} the model was opened for")
+            raise UserError(
+                f"{total} tokens are more than the {self.length} this model was opened for, or has positions for; take a shorter text "
+                "(smidgen bench: --prompt-tokens, --length)"
+            )
         if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.vocabulary:
             raise UserError(f"tokens lie between 0 and {self.vocabulary - 1}, got {tokens.min()} to {tokens.max()}")
         self.binding.bind_cpu_input("input_ids", tokens[None].astype(np.int64))

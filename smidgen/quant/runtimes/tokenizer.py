@@ -21,7 +21,7 @@ class TokenizerFile:
         try:
             from tokenizers import Tokenizer
         except ImportError as error:
-            raise UserError("tokenizing needs the package tokenizers: pip install smidgen[onnx]") from error
+            raise UserError("tokenizing needs the package tokenizers: pip install 'smidgen[onnx]'") from error
         file = folder / "tokenizer.json"
         try:
             return cls(Tokenizer.from_file(str(file)), frozenset(end if isinstance(end, list) else [end]))

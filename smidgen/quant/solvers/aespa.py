@@ -56,6 +56,11 @@ class AESPA(GPTQ):
         super().__post_init__()
         if self.steps < 0:
             raise UserError(f"steps must not be negative, got {self.steps}")
+        if not (self.learning_rate > 0 and self.pull >= 0 and 0 <= self.warm_up <= 1):
+            raise UserError(
+                "aespa: learning_rate must be positive, pull not negative, warm_up between 0 and 1, "
+                f"got {self.learning_rate}, {self.pull}, {self.warm_up}"
+            )
 
     @property
     def needs(self) -> frozenset[str]:

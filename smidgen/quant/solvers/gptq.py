@@ -58,6 +58,8 @@ class GPTQ:
     def __post_init__(self) -> None:
         if self.act_order and not self.static_groups:
             raise UserError("act_order takes columns out of their groups, so it needs static_groups")
+        if not self.damp >= 0:
+            raise UserError(f"damp must not be negative, got {self.damp}")
         if self.passes < 0:
             raise UserError(f"passes must not be negative, got {self.passes}")
 

@@ -1,4 +1,4 @@
-"""Correcting for inputs that are no longer the model's own (after GPTAQ and TurboBoA's F2, arXiv 2602.04929; notes 4.4).
+"""Correcting for inputs that are no longer the model's own (after GPTAQ and TurboBoA's F2, arXiv 2602.04929).
 
 Layers are quantized in order, so a layer's inputs x come out of quantized layers, while W was made for x_float. What should be
 approximated is W x_float; where the output is added to a residual stream r that has itself lost something, W x_float + r_float - r.

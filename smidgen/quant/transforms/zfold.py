@@ -1,4 +1,4 @@
-"""Z-Fold: a step size of rank one that costs nothing at run time (Jeon et al., EMNLP 2023; aespa 3.2, notes 2.3).
+"""Z-Fold: a step size of rank one that costs nothing at run time (Jeon et al., EMNLP 2023; aespa 3.2).
 
 A row's step s becomes s zeta_j in column j. The factors zeta need not be stored: those of layers that share an input fold into what
 makes it, a norm's gain or the rows of a linear layer, so the integers and their plain row scales are all that changes. Folded, this is

@@ -5,7 +5,7 @@
     EL2N_i = E || p_i - onehot(y_i) ||_2          p: softmax output after a few epochs; the mean over several trainings
 
 In [0, sqrt 2]. The largest are hard, rare or wrong. The paper drops the smallest, when data are plentiful; with scarce data the easy images
-are those to keep (notes 3.4), so here a large distance is a low value.
+are those to keep, so here a large distance is a low value.
 """
 
 from dataclasses import dataclass

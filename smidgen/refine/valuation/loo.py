@@ -3,7 +3,7 @@
     phi_i = U(all) - U(all but i)
 
 The oldest value (Cook, Detection of Influential Observation in Linear Regression, Technometrics 1977) and the weakest here: a single image
-seldom changes an accuracy, and beyond a few hundred images nearly every value is 0 (notes 3.1).
+seldom changes an accuracy, and beyond a few hundred images nearly every value is 0.
 """
 
 from dataclasses import dataclass

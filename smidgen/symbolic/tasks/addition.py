@@ -1,4 +1,4 @@
-"""The toy with given alignment (notes 5): the sum, or difference, of two positive numbers written one after the other.
+"""The toy with given alignment: the sum, or difference, of two positive numbers written one after the other.
 
 Every token comes with its list action: NLP at a character after a space, else TLU. "582 13" then lies on the grid as
 

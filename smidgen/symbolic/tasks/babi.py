@@ -1,4 +1,4 @@
-"""bAbI questions (notes 6.4): Weston et al., "Towards AI-Complete Question Answering", version 1.2, read from where the user has it.
+"""bAbI questions: Weston et al., "Towards AI-Complete Question Answering", version 1.2, read from where the user has it.
 
 Input: a start marker, the question, an end marker, all earlier sentences of its story, word by word and sign by sign. The question comes
 first, so that whoever lays words out knows what to look for. The answer is one label, a list of answers ("football,milk") one label too.
@@ -7,7 +7,7 @@ first, so that whoever lays words out knows what to look for. The answer is one 
 taken, else the 1,000. Every twentieth training story is dev. Long stories, up to 1,300 tokens in task 3, are all kept; the authors
 train without those over 256. What a copy lacks, and tests that repeat training, are in `Task.notes`.
 
-Given actions, "an oracle alignment" (notes 6.4): question words TLU, of supporting sentences the first word NLP, the others TLU, all else
+Given actions, "an oracle alignment": question words TLU, of supporting sentences the first word NLP, the others TLU, all else
 no-op.
 """
 

@@ -1,4 +1,4 @@
-"""Number sequence prediction (notes 6.1): the next term of a third-order recurrence.
+"""Number sequence prediction: the next term of a third-order recurrence.
 
     a_k = 2 a_{k-1} - a_{k-2} + a_{k-3}
 

@@ -1,4 +1,4 @@
-"""Computer program evaluation (notes 6.3), in the style of Zaremba and Sutskever, "Learning to execute": what does a program print?
+"""Computer program evaluation, in the style of Zaremba and Sutskever, "Learning to execute": what does a program print?
 
 A program is made by `nesting` operations. Each takes operands, puts its result on a stack, and may write a line. An operand is the top of
 the stack, or, when that is empty, a number of 1 .. 10^L - 1; operands fill their places in drawn order, so that an earlier result may be

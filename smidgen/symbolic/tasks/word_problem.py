@@ -1,4 +1,4 @@
-"""Algebraic word problems (notes 6.2): one addition or subtraction of two integers, asked for in words.
+"""Algebraic word problems: one addition or subtraction of two integers, asked for in words.
 
 The sentences are data of the Apache-2.0 package mathematics_dataset (DeepMind), module arithmetic, add_or_sub. Entropy e is "about e
 decimal digits":

@@ -1,0 +1,89 @@
+"""Table any-shot of fewshot.py: one training on tasks of 1 to 50 shots, tested where it was trained and elsewhere."""
+
+import argparse
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from fewshot_trainings import AT_ONCE, Trained, data, fitted, measured, untrained
+from torch import nn
+
+from smidgen.fewshot.episodes import Sampler
+from smidgen.fewshot.methods.inner import EPSILON, Classifier
+from smidgen.fewshot.methods.prototypes import ProtoNet
+from smidgen.fit import FitConfig
+from smidgen.images import Images
+
+ANYWHERE = ["cifar_fs", "gtsrb", "flowers12", "sign_digits", "fashion_mnist"]
+ANY_SHOT = [
+    "protonet", "maml", "meta-sgd", "meta-sgd+balance=classes", "btaml", "btaml+bayesian=false", "btaml+gamma=false+z=false",
+    "btaml+omega=false+z=false", "btaml+omega=false+gamma=false",
+]  # fmt: skip
+
+
+def any_shot(seed: int, options: argparse.Namespace) -> Iterator[dict]:
+    """One training, tested where it was trained and elsewhere."""
+    parts = [data(options, "cifar_fs", split) for split in ("train", "val", "test")]
+    chosen = ANYWHERE if options.tested is None else options.tested
+    targets = [parts[2] if name == "cifar_fs" else data(options, name, size=32, channels=3) for name in chosen]
+    for method in options.methods or ANY_SHOT:
+        models = {method: any_shot_trained(method, parts[0], parts[1], seed, options)}
+        if method == "btaml":
+            mean = copy.copy(models[method].model)
+            mean.config = replace(mean.config, samples=0)
+            models["btaml mean"] = models[method].variant(mean, "")
+        for name, made in models.items():
+            for images in targets:
+                yield measured(made, name, images, 5, "any", "balanced", options) | {"trained": "cifar_fs"}
+
+
+def any_shot_trained(method: str, train_set: Images, validation_set: Images, seed: int, options: argparse.Namespace) -> Trained:
+    """A method trained on tasks of any number of shots, or as another process left it."""
+    steps, kinds = options.anyshot_steps, tuple(options.augment or ())
+    sampler = Sampler(train_set, 5, "any", options.queries, tasks=4, seed=seed, augment=kinds)
+    model = untrained(method, sampler, seed, options.device)
+    file = options.keep and options.keep / f"{method}-{seed}.pt"
+    if file and file.exists():
+        stored = torch.load(file, map_location=options.device, weights_only=True)
+        model.load_state_dict(stored["state"])
+        return Trained(model.eval(), **stored["made"])
+    validation = Sampler(validation_set, 5, "any", options.queries, tasks=AT_ONCE, seed=seed + 1)
+    config = FitConfig(steps=steps, learning_rate=1e-3, schedule="cosine", weight_decay=options.weight_decay, seed=seed)
+    classifiers = [m for m in model.modules() if isinstance(m, Classifier)] if options.start_steps else []
+    before = [started(classifier, sampler, validation, options) for classifier in classifiers]
+    made = fitted(model, sampler, validation, replace(config, evaluate_every=max(1, steps // 8)), options)
+    for first in before:
+        made = replace(made, start=f"protonet {first.steps}", seconds=made.seconds + first.seconds)
+    if file:
+        options.keep.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".partial")
+        row = {name: value for name, value in vars(made).items() if name != "model"}
+        torch.save({"state": model.state_dict(), "made": row}, partial)
+        partial.rename(file)
+    return made
+
+
+def started(classifier: Classifier, sampler: Sampler, validation: Sampler, options: argparse.Namespace) -> Trained:
+    """Trains its convolutions as a ProtoNet's: an update of these costs a small part of one through an inner loop."""
+    many = replace(sampler, ways=20, shots=5, queries=10, tasks=1)
+    few = replace(validation, shots=5)
+    config = FitConfig(steps=options.start_steps, learning_rate=1e-3, schedule="cosine", seed=sampler.seed)
+    return fitted(ProtoNet(Trunk(classifier)), many, few, config, options, options.device.type == "cuda")
+
+
+class Trunk(nn.Module):
+    """The convolutions of an inner loop's classifier, not adapted."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(n, channels, height, width) -> (n, features)"""
+        c = self.classifier
+        for weight, bias, shift in zip(c.weights, c.biases, c.shift, strict=True):
+            x = F.batch_norm(F.conv2d(x, weight, bias, padding=1), None, None, None, shift, True, 0.1, EPSILON)
+            x = F.max_pool2d(F.relu(x), 2)
+        return x.flatten(1)
