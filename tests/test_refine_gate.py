@@ -10,7 +10,7 @@ from drawings import CLASSES, drawing
 from smidgen.refine.cache import Cache
 from smidgen.refine.classifier import Recipe, trained
 from smidgen.refine.folder import View, untouched
-from smidgen.refine.gate import compare, right
+from smidgen.refine.gate import Gain, compare, right
 
 TINY = Recipe(side=16, width=8, steps=60, batch=32)
 
@@ -33,6 +33,11 @@ def test_nothing_is_no_help():
     worse = same.clone()
     worse[:, 0] = 0
     assert not compare(same, worse).helps and compare(worse.mT, same.mT).gain > 0
+
+
+@pytest.mark.parametrize(("after", "helps"), [(0.48, False), (0.58, False), (0.6, False), (0.62, True)])
+def test_a_gain_helps_if_it_is_above_its_standard_error(after, helps):
+    assert Gain(0.5, after, 0.1).helps == helps
 
 
 def drawn(each: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,7 +14,7 @@ from smidgen.report import write_report
 from smidgen.report.comparison import best, run_names
 from smidgen.report.finished import Finished
 from smidgen.report.quantization import sample, short_names
-from smidgen.report.words import flatten, label, number, ratio
+from smidgen.report.words import flatten, label, metric_of, number, ratio
 
 LAYERS = {"self_attn.q_proj": "query", "self_attn.o_proj": None, "mlp.down_proj": None}
 CONFIG = "model: tiny\nmethod: {method}\nevaluate:\n- wiki.txt\noutput: null\nboa:\n  damp: {damp}\n"
@@ -276,6 +276,7 @@ def test_small_helpers(tmp_path):
     assert flatten({"a": {"b": 1}, "c": 2}) == {("a", "b"): 1, ("c",): 2}
     assert label(("perplexity", "wiki.txt")) == "perplexity, wiki.txt"
     assert label(("written", "gguf", "size_bytes")) == "written, gguf, size"
+    assert metric_of(("written", "gguf", "size_bytes")) == "size_bytes" and metric_of(("perplexity", "a.txt")) == "perplexity"
     assert (ratio(2.0, 3), ratio(0.0, 1.0), ratio(None, 1.0)) == ("1.500×", "–", "–")
     assert short_names(["attn.c_attn[key]", "attn.c_proj", "mlp.c_proj"]) == {
         "attn.c_attn[key]": "c_attn[key]",

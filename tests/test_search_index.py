@@ -283,6 +283,11 @@ def test_spelling(speller, typed, read):
     assert speller.corrected(typed) == read
 
 
+def test_of_words_equally_near_the_one_that_begins_alike_is_meant():
+    speller = Speller.of(["fund fund sound"], [])
+    assert speller.word("sund") == "sound" and speller.word("gund") == "fund"
+
+
 def test_the_bag_of_letters_loses_no_neighbour(speller, random):
     """Every word within reach by brute force is found with the bound on letters, too."""
     for word in ("bluetooth", "headphones", "hotspot", "theme", "share"):

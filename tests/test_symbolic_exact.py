@@ -244,6 +244,13 @@ def test_who_is_never_wrong_is_not_certain_and_who_is_never_right_says_nothing()
     assert wilson(np.array([0]), np.array([10]))[0] > 0.2
 
 
+def test_equal_scores_are_answered_together():
+    """The right ones among equals happen to come first; answering these alone is not for choice."""
+    score, right = np.full(300, 0.9), np.arange(300) < 200
+    assert threshold(score, right, 0.05) == NEVER
+    assert threshold(np.append(np.full(200, 0.95), score), np.append(np.ones(200, bool), right), 0.05) == 0.95
+
+
 def test_a_score_that_misleads_is_ignored():
     rng = np.random.default_rng(0)
     score = rng.random(1000)

@@ -11,7 +11,7 @@ from smidgen.report.finished import Finished
 from smidgen.report.page import Cell, Figure, Page, Section, Table
 from smidgen.report.quantization import has_sqnr
 from smidgen.report.run import again
-from smidgen.report.words import LABELS, finite, flatten, is_number, label, number, quantity, show, unit
+from smidgen.report.words import LABELS, finite, flatten, is_number, label, metric_of, number, quantity, show, unit
 
 # Which value of a metric is the best: the first pattern that matches. None or no match: no value is.
 BETTER: tuple[tuple[str, Callable[[list[float]], float] | None], ...] = (
@@ -54,10 +54,11 @@ def metrics_section(runs: dict[str, Finished]) -> Section:
     for path in sorted(dict.fromkeys(p for column in columns for p in column), key=lambda path: order.get(path[0], len(order))):
         values = [column.get(path) for column in columns]
         if judge(path[0]) is None and all(value == values[0] for value in values):
-            shared[label(path)] = quantity(path[0], values[0])
+            shared[label(path)] = quantity(metric_of(path), values[0])
             continue
-        title = label(path) + (f" ({unit(path[0])})" if unit(path[0]) else "")
-        rows.append([Cell(title), *(Cell(show(path[0], v), best=b) for v, b in zip(values, best(path[0], values), strict=True))])
+        measured = metric_of(path)
+        title = label(path) + (f" ({unit(measured)})" if unit(measured) else "")
+        rows.append([Cell(title), *(Cell(show(measured, v), best=b) for v, b in zip(values, best(path[0], values), strict=True))])
     return Section("Metrics", note="Green and bold: the best of the row.", table=Table(["", *runs], rows), facts=shared)
 
 

@@ -4,7 +4,7 @@ import shlex
 
 from smidgen.report.finished import Finished
 from smidgen.report.page import Cell, Section, Table
-from smidgen.report.words import flatten, label, number, quantity, unit
+from smidgen.report.words import flatten, label, metric_of, number, quantity
 
 
 def generic(run: Finished) -> list[Section]:
@@ -15,8 +15,7 @@ def generic(run: Finished) -> list[Section]:
 
 def facts(run: Finished, shown: set[str]) -> dict[str, str]:
     """The metrics not shown elsewhere, with their units."""
-    named = {path: next((part for part in path if unit(part)), path[0]) for path in flatten(run.metrics) if path[0] not in shown}
-    return {label(path): quantity(named[path], value) for path, value in flatten(run.metrics).items() if path in named}
+    return {label(path): quantity(metric_of(path), value) for path, value in flatten(run.metrics).items() if path[0] not in shown}
 
 
 def provenance(run: Finished) -> list[Section]:

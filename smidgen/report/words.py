@@ -72,6 +72,11 @@ def unit(name: str) -> str:
     return "MB" if "_bytes" in name else "s" if name.endswith("_seconds") else ""
 
 
+def metric_of(path: tuple[str, ...]) -> str:
+    """What a path measures: ("written", "gguf", "size_bytes") its last part, ("perplexity", "a.txt") its first."""
+    return next((part for part in path if unit(part)), path[0])
+
+
 def label(path: tuple[str, ...]) -> str:
     """A metric in words: ("perplexity", "wiki.txt") is "perplexity, wiki.txt"."""
     name = LABELS.get(path[0]) or path[0].removesuffix("_bytes").removesuffix("_seconds").replace("_", " ")
