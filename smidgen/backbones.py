@@ -71,7 +71,7 @@ class Backbone:
         new = {key: i for i, key in enumerate(keys) if key not in known}  # an image that is there twice is computed once
         rows = torch.tensor(list(new.values()), dtype=torch.int64)
         for part in rows.split(batch) if new else ():
-            x = self._fitted(images.floats(part.to(images.pixels.device)).to(self.device))
+            x = self.fitted(images.floats(part.to(images.pixels.device)).to(self.device))
             out = self.embed(x).flatten(1).float().cpu().numpy()
             if not np.isfinite(out).all():
                 raise UserError(
@@ -82,7 +82,8 @@ class Backbone:
             _keep(file, known)
         return torch.from_numpy(np.stack([known[key] for key in keys]))
 
-    def _fitted(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n channels height width"]:
+    def fitted(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n channels height width"]:
+        """Images with the side and the channels that the network reads."""
         if self.channels == 3 and x.shape[1] == 1:
             x = x.expand(-1, 3, -1, -1)
         elif self.channels == 1 and x.shape[1] == 3:
@@ -103,7 +104,7 @@ def open_backbone(source: str, device: torch.device | str = "cpu", scaling: Scal
     if source == PIXELS:
         return Backbone(PIXELS, _digest(PIXELS.encode()), lambda x: x.flatten(1), device=device)
     if source == LITE:
-        return _efficientnet_lite(device)
+        return efficientnet_lite_of(EfficientNetLite().to(device))
     if path.suffix == ".safetensors" and path.is_file():
         return _conv4(path, None, device)
     path = path / TRAINED if (path / TRAINED).is_dir() else path
@@ -163,8 +164,9 @@ def _plain(layer: Any) -> nn.Module:
     return nn.Sequential(layer.static_padding, plain) if isinstance(layer.static_padding, nn.ZeroPad2d) else plain
 
 
-def _efficientnet_lite(device: torch.device) -> Backbone:
-    network = EfficientNetLite().to(device)
+def efficientnet_lite_of(network: EfficientNetLite) -> Backbone:
+    """The backbone it is, where it is."""
+    device = next(network.parameters()).device
     return Backbone(LITE, _digest(LITE.encode(), network.file.read_bytes()), network, LITE_SIZE, 3, device)
 
 

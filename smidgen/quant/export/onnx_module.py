@@ -187,8 +187,8 @@ def _draw(traced: Traced, data: DataFile, layers: dict[str, StaticLayer]) -> Non
         graph.insert_before(site.node, draw.nodes)
         draw.nodes.clear()
         ir.convenience.replace_all_uses_with(site.made, new, replace_graph_outputs=True)
-        relu = [] if site.bounds is None else [site.made.producer()]
-        graph.remove([*relu, site.node], safe=True)
+        relu = site.made.producer()
+        graph.remove([site.node] if site.bounds is None or relu is None else [relu, site.node], safe=True)
         if padding is not None and not padding.outputs[0].uses() and not padding.outputs[0].is_graph_output():
             graph.remove(padding, safe=True)
     for value in draw.values.values():

@@ -163,10 +163,10 @@ def _is_matrix(x: "ir.Value") -> bool:
 
 def check(module: nn.Module, layers: dict[str, StaticLayer]) -> None:
     """Raises a UserError before any work if these layers cannot be written."""
-    modules = dict(module.named_modules())
+    modules: dict[str, nn.Module] = dict(module.named_modules())
     for name, layer in layers.items():
-        module = modules.get(name)
-        found = module.layer if isinstance(module, QuantLinear) else module
+        found = modules.get(name)
+        found = found.layer if isinstance(found, QuantLinear) else found
         if found is None or not is_product(found) or isinstance(found, nn.Conv2d) != (layer.kernel is not None):
             kind = "missing" if found is None else f"a {type(found).__name__}"
             what = "linear layers" if layer.kernel is None else "plain convolutions"

@@ -6,6 +6,7 @@ What no layer reads keeps the range of the values seen. A row of weights gets th
 mean square of its inputs. Layers are looked at one by one, on the inputs of the unquantized module.
 """
 
+from collections.abc import Sequence
 from itertools import product as pairs
 from typing import Any
 
@@ -44,7 +45,7 @@ def clip_tensor(activation: Activation, quants: list[QuantLinear], inputs: dict[
     def error(p: float, q: float) -> float:
         return sum(float(product(u.layer, rounded(x, p, q) - x, u.weight, None).square().sum()) for u in quants for x in inputs[u])
 
-    def whole(ends: tuple[float, float], shrinks: list[nn.Parameter | None]) -> float:
+    def whole(ends: tuple[float, float], shrinks: Sequence[nn.Parameter | None]) -> float:
         total = 0.0
         for quant, ratio in zip(quants, shrinks, strict=True):
             quant.shrink = ratio
@@ -56,7 +57,7 @@ def clip_tensor(activation: Activation, quants: list[QuantLinear], inputs: dict[
         return total
 
     found = best_ends(error, bool(high >= -low))
-    ratios: list[nn.Parameter | None] = [nn.Parameter(shrink(quant, cost(quant, inputs[quant])), requires_grad=False) for quant in quants]
+    ratios = [nn.Parameter(shrink(quant, cost(quant, inputs[quant])), requires_grad=False) for quant in quants]
     tried = list(pairs((found, (1.0, 1.0)), (ratios, [None] * len(quants))))
     errors = [whole(*candidate) for candidate in tried]
     (p, q), chosen = tried[errors.index(min(errors))]
