@@ -42,6 +42,7 @@ class Integer:
     seen: dict[str, tuple[float, float]]
     "Extremes of every quantizer's values in the calls, by its first layer."
 
+    @torch.no_grad()
     def ends(self) -> dict[str, tuple[float, float]]:
         """Its range, likewise."""
         found = {}
@@ -81,9 +82,9 @@ def quantized(
     calls = list(calls)
     if not calls:
         raise UserError("calibration needs a batch or more")
-    names = [name for name, m in module.named_modules() if is_product(m) and name not in skip]
+    names = [name for name, m in module.named_modules() if name and is_product(m) and name not in skip]
     if not names:
-        raise UserError(f"{type(module).__name__} has no linear layers and no convolutions to quantize")
+        raise UserError(f"{type(module).__name__} has no linear layers and no convolutions in it to quantize")
     folded = batch_norm.fold(copy.deepcopy(module).eval(), calls[0])
     traced = trace(folded, used(folded, names, calls[0]), calls[0], outputs, dynamic)
     layers = simulated(folded, traced, scheme)
