@@ -72,12 +72,13 @@ def quantized(
     method: Method = "mse",
     skip: tuple[str, ...] = (),
     dynamic: dict[str, dict[int, str]] | None = None,
+    example: dict[str, Any] | None = None,
 ) -> Integer:
     """Simulates a copy of `module` with static ranges in every linear layer and convolution but those in `skip`.
 
-    `calls` are calls of the module by argument name, some typical ones; the first, which needs two or more entries along each free
-    axis, is what torch traces (see `trace`, which says what `outputs` and `dynamic` are). Convolutions with a forward pass of their own or
-    padding other than zeros, embeddings, norms, sums and attention scores stay float32.
+    `calls` are calls of the module by argument name, some typical ones; `example`, by default the first of them, is what torch traces: it
+    needs two or more entries along each free axis (see `trace`, which says what `outputs` and `dynamic` are). Convolutions with a forward
+    pass of their own or padding other than zeros, embeddings, norms, sums and attention scores stay float32.
     """
     calls = list(calls)
     if not calls:
@@ -85,8 +86,9 @@ def quantized(
     names = [name for name, m in module.named_modules() if name and is_product(m) and name not in skip]
     if not names:
         raise UserError(f"{type(module).__name__} has no linear layers and no convolutions in it to quantize")
-    folded = batch_norm.fold(copy.deepcopy(module).eval(), calls[0])
-    traced = trace(folded, used(folded, names, calls[0]), calls[0], outputs, dynamic)
+    example = calls[0] if example is None else example
+    folded = batch_norm.fold(copy.deepcopy(module).eval(), example)
+    traced = trace(folded, used(folded, names, example), example, outputs, dynamic)
     layers = simulated(folded, traced, scheme)
     with unquantized(layers, "observe"):
         for call in calls:

@@ -186,6 +186,8 @@ def _draw(traced: Traced, data: DataFile, layers: dict[str, StaticLayer]) -> Non
         new.shape, new.type = site.made.shape, site.made.type
         graph.insert_before(site.node, draw.nodes)
         draw.nodes.clear()
+        if site.made.is_graph_output():
+            site.made.name, new.name = f"{site.made.name}.traced", site.made.name
         ir.convenience.replace_all_uses_with(site.made, new, replace_graph_outputs=True)
         relu = site.made.producer()
         graph.remove([site.node] if site.bounds is None or relu is None else [relu, site.node], safe=True)

@@ -43,8 +43,8 @@ def main(config: "Config", run: Run, kind: Kind) -> dict[str, Any]:
     other = open_other(config.model, kind, source)
     calibration, held_out = split(other.samples(config.sequences + HELD_OUT, config.seed), config.sequences, config)
     started = time.monotonic()
-    calls = [other.traced(calibration[0]), *(s.call for s in run.track(calibration, "calibration", len(calibration)))]
-    integer = quantized(other.compact, calls, other.outputs, scheme_of(config), method_of(config), other.skip, other.dynamic)
+    calls, example = (dict(s.call) for s in run.track(calibration, "calibration", len(calibration))), other.traced(calibration[0])
+    integer = quantized(other.compact, calls, other.outputs, scheme_of(config), method_of(config), other.skip, other.dynamic, example)
     integer.write(partial := run.partial("onnx"))
     other.complete(partial, True)
     seconds = time.monotonic() - started

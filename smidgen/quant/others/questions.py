@@ -43,6 +43,8 @@ def grid_model(folder: Path, source: str | None) -> Other:
     layout = better(on_dev(model, task, seed=0))
     model.module.mode = layout
 
+    card = settle(model, description.name, task).text()
+
     @torch.no_grad()
     def samples(count: int, seed: int) -> list[Sample]:
         batch = task.encode(drawn(task, "train", count, seed))
@@ -62,7 +64,7 @@ def grid_model(folder: Path, source: str | None) -> Other:
         before = front(model, layout, integers, opset, behind.ir_version)
         before = onnx.compose.add_prefix(before, "layout.", rename_inputs=False, rename_outputs=False)
         whole = onnx.compose.merge_models(before, behind, io_map=[("cells", "cells")], outputs=["logits", "actions"])
-        whole.metadata_props.add(key=CARD_KEY, value=settle(model, description.name, task).text())
+        whole.metadata_props.add(key=CARD_KEY, value=card)
         if integers:
             whole.metadata_props.add(key=INTEGER_KEY, value="static")
         onnx.save(whole, artifact / GRAPH)
