@@ -419,7 +419,7 @@ def test_a_sentence_encoder(capsys, encoder, sentences, tmp_path):
         capsys, encoder, "--bits", 8, "--activations", 8, "--calibration", sentences, "--sequences", 10, "--output", output
     )
     assert code == 0, said
-    assert metrics["kind"] == "sentences" and metrics["layers"] == 8 and metrics["method"] == "clip"
+    assert metrics["kind"] == "sentences" and metrics["layers"] == 8 and metrics["method"] == "mse"
     assert metrics["cosine"] > 0.99 and metrics["size_bytes"] < metrics["size_bytes_float"]
     assert (metrics["calibration_inputs"], metrics["held_out_inputs"]) == (10, 6)
     assert sorted(f.name for f in (output / "onnx").iterdir()) == ["model.onnx", "model.onnx.data", "tokenizer.json"]

@@ -80,22 +80,25 @@ def quantized(
     needs two or more entries along each free axis (see `trace`, which says what `outputs` and `dynamic` are). Convolutions with a forward
     pass of their own or padding other than zeros, embeddings, norms, sums and attention scores stay float32.
     """
-    calls = list(calls)
-    if not calls:
+    if example is None:
+        calls = list(calls)
+        example = next(iter(calls), None)
+    if example is None:
         raise UserError("calibration needs a batch or more")
     names = [name for name, m in module.named_modules() if name and is_product(m) and name not in skip]
     if not names:
         raise UserError(f"{type(module).__name__} has no linear layers and no convolutions in it to quantize")
-    example = calls[0] if example is None else example
     folded = batch_norm.fold(copy.deepcopy(module).eval(), example)
     traced = trace(folded, used(folded, names, example), example, outputs, dynamic)
     layers = simulated(folded, traced, scheme)
+    shown = []
     with unquantized(layers, "observe"):
         for call in calls:
             folded(**call)
+            shown.append(call)
     seen = {name: (float(activation.low), float(activation.high)) for name, activation in activations_of(layers)}
     if method == "clip":
-        clip(folded, layers, calls)
+        clip(folded, layers, shown)
     fix_ranges(layers, "mse" if method == "mse" else "min-max")
     for quant in layers.values():
         make_room(quant)

@@ -92,8 +92,8 @@ def check(config: "Config") -> None:
 
 
 def method_of(config: "Config") -> Method:
-    """By name; clip unless another is asked for."""
-    methods: dict[str, Method] = {"auto": "clip"} | {name: name for name in get_args(Method)}
+    """By name; mse unless another is asked for."""
+    methods: dict[str, Method] = {"auto": "mse"} | {name: name for name in get_args(Method)}
     if config.method not in methods:
         raise UserError(
             f"--method {config.method} is for language models; of other models ranges are found by {', '.join(get_args(Method))}"

@@ -19,7 +19,7 @@ from smidgen.quant.ranges import fake_quantize
 from smidgen.quant.simulate import Activation, QuantLinear, unquantized
 from smidgen.quant.transforms.clip import best_ends, shrink
 
-VALUES = 2**27  # of inputs kept, at most, of all layers together: half a gigabyte; the first call always
+VALUES = 2**26  # of inputs kept, at most, of all layers together: a quarter of a gigabyte; the first call always
 
 
 @torch.no_grad()
