@@ -33,6 +33,7 @@ HELD_OUT = 32  # inputs, or a third where there are few
 LEAST = 4  # inputs in all
 SHOWN = 8  # held-out inputs that clipping is counted on
 TIMED = 30  # calls, after three to warm up
+METHODS: dict[str, Method] = {"auto": "mse", "min-max": "min-max", "mse": "mse", "clip": "clip"}
 OURS = ("model", "method", "bits", "activations", "calibration", "sequences", "output", "seed", "export", "device")
 
 
@@ -92,13 +93,12 @@ def check(config: "Config") -> None:
 
 
 def method_of(config: "Config") -> Method:
-    """By name; mse unless another is asked for."""
-    methods: dict[str, Method] = {"auto": "mse"} | {name: name for name in get_args(Method)}
-    if config.method not in methods:
+    """By name."""
+    if config.method not in METHODS:
         raise UserError(
             f"--method {config.method} is for language models; of other models ranges are found by {', '.join(get_args(Method))}"
         )
-    return methods[config.method]
+    return METHODS[config.method]
 
 
 def scheme_of(config: "Config") -> Scheme:
