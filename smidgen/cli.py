@@ -25,7 +25,7 @@ app = App(
     result_action="return_value",
     suppress_keyboard_interrupt=False,
 )
-app.command("smidgen.quant.quantize:command", name="quantize", help="Quantize a language model and measure the written artifact.")
+app.command("smidgen.quant.quantize:command", name="quantize", help="Quantize a language model, or another, and measure what is written.")
 app.command("smidgen.quant.qat:command", name="qat", help="Train a language model for quantized weights and activations.")
 app.command("smidgen.quant.statistics:command", name="collect", help="Collect a model's statistics once, to quantize to any bits later.")
 app.command("smidgen.quant.evaluate:command", name="evaluate", help="Measure the perplexity of a model or artifact on texts.")

