@@ -353,6 +353,18 @@ def test_only_a_clamp_that_the_codes_do_anyway_is_left_out(tmp_path):
         assert np.abs(measured - expected.numpy()).max() < 0.06
 
 
+@torch.no_grad()
+def test_a_relu_that_was_never_above_zero_stays_one(tmp_path):
+    layer = nn.Conv2d(3, 4, 1)
+    layer.bias.fill_(-9.0)
+    integer = quantized(nn.Sequential(layer, nn.ReLU()).eval(), [{"input": images(4)}], ("y",))
+    integer.write(tmp_path)
+    measured = run(tmp_path, input=images(8, 2))
+    assert measured.min() >= 0 and measured.max() < 1e-5
+    with pytest.raises(ValueError, match="written once"):
+        integer.write(tmp_path)
+
+
 # --- what cannot be written -----------------------------------------------------------------------------------------
 
 

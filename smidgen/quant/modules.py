@@ -28,6 +28,7 @@ from smidgen.quant.transforms.clip_layers import clip
 
 Method = Literal["min-max", "mse", "clip"]
 W8A8 = Scheme()
+DEAD = 1e-6  # what a ReLU reaches at least, be it 0 in all calls: its zero point must be 0
 LARGEST = 2**30  # of a bias in units of its layer's products, which are added in 32 bits
 
 
@@ -97,6 +98,9 @@ def quantized(
             folded(**call)
             shown.append(call)
     seen = {name: (float(activation.low), float(activation.high)) for name, activation in activations_of(layers)}
+    for quant in layers.values():
+        if quant.output is not None and quant.bounds is not None:
+            quant.output.high.clamp_(min=DEAD)
     if method == "clip":
         clip(folded, layers, shown)
     fix_ranges(layers, "mse" if method == "mse" else "min-max")

@@ -92,6 +92,8 @@ def trace(
 @torch.no_grad()
 def write(folder: Path, traced: Traced, layers: dict[str, StaticLayer], tokenizer: Any = None) -> None:
     """Draws the layers in their places, all that were named, and writes the graph."""
+    if any(site.node.graph is None for site in traced.sites.values()):
+        raise ValueError("these layers are drawn already; a traced graph is written once")
     folder.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:
         with writing(folder):
