@@ -529,7 +529,7 @@ def test_bad_input(capsys, encoder, method, sentences, tmp_path):
         ((encoder, *both, "--calibration", tmp_path / "no.txt"), "no such text"),
         ((encoder, *both, "--calibration", "self"), "an encoder writes no text of its own"),
         ((broken, *both, "--calibration", sentences), "model.safetensors: no readable safetensors file"),
-        ((distilled, *both), "in eight bits already"),
+        ((distilled, *both), "written as ONNX already"),
         ((method, *both, "--calibration", tmp_path / "none"), "no class folders in it"),
     ]
     pytest.importorskip("efficientnet_lite_pytorch")

@@ -65,7 +65,7 @@ def _is_encoder(path: Path) -> bool:
     """Whether a folder is one of sentence-transformers, or a BERT; what smidgen search distill wrote is refused."""
     folder = encoder_folder(path)
     if (folder / "encoder.json").is_file():
-        raise UserError(f"{path}: a distilled encoder, in eight bits already; quantize the folder of smidgen search train it came from")
+        raise UserError(f"{path}: a distilled encoder, written as ONNX already; quantize the folder of smidgen search train it came from")
     if (folder / "modules.json").is_file():
         return True
     try:

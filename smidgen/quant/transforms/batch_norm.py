@@ -1,4 +1,5 @@
-"""Batch norm folded into the convolution before it: the same function, with fewer operations and one bias.
+"""Batch norm folded into the convolution before it (Jacob et al., "Quantization and Training of Neural Networks for Efficient
+Integer-Arithmetic-Only Inference", arXiv 1712.05877, section 3.2): the same function, with fewer operations and one bias.
 
     gamma (W x + b - mu) / sqrt(var + eps) + beta  =  (c W) x + c (b - mu) + beta,        c = gamma / sqrt(var + eps), by output channel
 
