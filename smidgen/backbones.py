@@ -71,7 +71,7 @@ class Backbone:
         new = {key: i for i, key in enumerate(keys) if key not in known}  # an image that is there twice is computed once
         rows = torch.tensor(list(new.values()), dtype=torch.int64)
         for part in rows.split(batch) if new else ():
-            x = self._fitted(images.floats(part.to(images.pixels.device)).to(self.device))
+            x = self.fitted(images.floats(part.to(images.pixels.device)).to(self.device))
             out = self.embed(x).flatten(1).float().cpu().numpy()
             if not np.isfinite(out).all():
                 raise UserError(
@@ -82,7 +82,8 @@ class Backbone:
             _keep(file, known)
         return torch.from_numpy(np.stack([known[key] for key in keys]))
 
-    def _fitted(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n channels height width"]:
+    def fitted(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n channels height width"]:
+        """Images with the side and the channels that the network reads."""
         if self.channels == 3 and x.shape[1] == 1:
             x = x.expand(-1, 3, -1, -1)
         elif self.channels == 1 and x.shape[1] == 3:
@@ -103,7 +104,7 @@ def open_backbone(source: str, device: torch.device | str = "cpu", scaling: Scal
     if source == PIXELS:
         return Backbone(PIXELS, _digest(PIXELS.encode()), lambda x: x.flatten(1), device=device)
     if source == LITE:
-        return _efficientnet_lite(device)
+        return efficientnet_lite_of(EfficientNetLite().to(device))
     if path.suffix == ".safetensors" and path.is_file():
         return _conv4(path, None, device)
     path = path / TRAINED if (path / TRAINED).is_dir() else path
@@ -142,16 +143,30 @@ class EfficientNetLite(nn.Module):
         self.file = Path(EfficientnetLite0ModelFile.get_model_file_path())
         self.network: Any = EfficientNet.from_name(LITE)  # its own from_pretrained prints
         self.network.load_state_dict(torch.load(self.file, map_location="cpu", weights_only=True))
+        for parent in list(self.network.modules()):
+            for name, child in parent.named_children():
+                if isinstance(child, nn.Conv2d):
+                    parent._modules[name] = _plain(child)
         _frozen(self, torch.device("cpu"))
 
-    def forward(self, x: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n 1280"]:
+    def forward(self, images: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n 1280"]:
         """Mean over places of the last maps."""
         (mean, *_), (deviation, *_) = SCALINGS["half"]
-        return self.network.extract_features((x - mean) / deviation).mean((2, 3))
+        return self.network.extract_features((images - mean) / deviation).mean((2, 3))
 
 
-def _efficientnet_lite(device: torch.device) -> Backbone:
-    network = EfficientNetLite().to(device)
+def _plain(layer: Any) -> nn.Module:
+    """TensorFlow's padding, more zeros below and to the right, apart from the convolution, which then is like any other."""
+    plain = nn.Conv2d(
+        layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, groups=layer.groups, bias=layer.bias is not None
+    )
+    plain.load_state_dict(layer.state_dict())
+    return nn.Sequential(layer.static_padding, plain) if isinstance(layer.static_padding, nn.ZeroPad2d) else plain
+
+
+def efficientnet_lite_of(network: EfficientNetLite) -> Backbone:
+    """The backbone it is, where it is."""
+    device = next(network.parameters()).device
     return Backbone(LITE, _digest(LITE.encode(), network.file.read_bytes()), network, LITE_SIZE, 3, device)
 
 
@@ -276,7 +291,8 @@ def _onnx(path: Path, scaling: Scaling) -> Backbone:
             raise UserError(f"{path}: its last output {name} has shape {tuple(out.shape)}; features are (n, width) or a map of them")
         return out
 
-    key = _digest(b"onnx", scaling.encode(), path.read_bytes())
+    beside = sorted(path.parent.glob(f"{path.name}.data"))  # weights that are kept apart
+    key = _digest(b"onnx", scaling.encode(), path.read_bytes(), *(f.read_bytes() for f in beside))
     return Backbone(str(path), key, embed, side if isinstance(side, int) else None, channels)
 
 

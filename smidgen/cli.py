@@ -25,7 +25,7 @@ app = App(
     result_action="return_value",
     suppress_keyboard_interrupt=False,
 )
-app.command("smidgen.quant.quantize:command", name="quantize", help="Quantize a language model and measure the written artifact.")
+app.command("smidgen.quant.quantize:command", name="quantize", help="Quantize a language model, or another, and measure what is written.")
 app.command("smidgen.quant.qat:command", name="qat", help="Train a language model for quantized weights and activations.")
 app.command("smidgen.quant.statistics:command", name="collect", help="Collect a model's statistics once, to quantize to any bits later.")
 app.command("smidgen.quant.evaluate:command", name="evaluate", help="Measure the perplexity of a model or artifact on texts.")
@@ -70,7 +70,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, or 2 with one line on standard error."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    for chatty in ("torchao", "torch.utils._pytree"):  # transformers imports torchao where it is installed, which warns of its own parts
+    # transformers imports torchao where it is installed, which warns of its own parts; torch's exporter of packages it can do without
+    for chatty in ("torchao", "torch.utils._pytree", "torch.onnx"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
     tokens = list(sys.argv[1:] if arguments is None else arguments)
     try:

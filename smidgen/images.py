@@ -119,14 +119,23 @@ def files(source: str | Path, split: str | None = None) -> dict[str, list[Path]]
     return found
 
 
-def unlabelled(source: str | Path, size: int | None = None, channels: int | None = None, skip_bad: bool = False) -> Images:
-    """One image file, or all of a folder and the folders in it; a single class without a name."""
+def unlabelled(
+    source: str | Path,
+    size: int | None = None,
+    channels: int | None = None,
+    skip_bad: bool = False,
+    count: int | None = None,
+    seed: int = 0,
+) -> Images:
+    """One image file, or all of a folder and the folders in it, or `count` of them; a single class without a name."""
     source = Path(source)
     if not source.exists():
         raise UserError(f"no such image folder or file: {source}")
     paths = sorted(f for f in source.rglob("*") if _is_image(f)) if source.is_dir() else [source]
     if not paths:
         raise UserError(f"{source}: no image in it (looked for {', '.join(sorted(SUFFIXES))})")
+    if count is not None and count < len(paths):
+        paths = [paths[i] for i in np.random.default_rng(seed).permutation(len(paths))[:count]]
     images = _from_files(str(source), {"": paths}, size, channels, skip_bad)
     if not len(images.labels):
         raise UserError(f"{source}: none of its {len(paths)} images can be read")

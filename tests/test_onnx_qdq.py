@@ -11,14 +11,16 @@ from torch import nn
 
 from smidgen.errors import UserError
 from smidgen.quant.checkpoint import Checkpoint, load_model
-from smidgen.quant.simulate import Activation, QuantLinear, Scheme, StaticLayer, activations_of, set_mode, simulate, static_layer
+from smidgen.quant.codes import StaticLayer, static_layer
+from smidgen.quant.simulate import Activation, QuantLinear, Scheme, activations_of, set_mode, simulate
 
 onnx = pytest.importorskip("onnx", reason="needs smidgen[onnx]")
 ir = pytest.importorskip("onnx_ir", reason="needs smidgen[onnx]")
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs smidgen[onnx]")
 pytest.importorskip("onnxscript", reason="needs onnxscript")
 
-from smidgen.quant.export.onnx_qdq import STATIC, can_saturate, read, write, write_module  # noqa: E402 (after the skips)
+from smidgen.quant.export.onnx_module import write_module  # noqa: E402 (after the skips)
+from smidgen.quant.export.onnx_qdq import STATIC, can_saturate, read, write  # noqa: E402 (after the skips)
 from smidgen.quant.runtimes import onnxruntime as runtimes  # noqa: E402 (after the skips)
 from smidgen.quant.runtimes.onnxruntime import OnnxRuntime  # noqa: E402 (after the skips)
 

@@ -17,8 +17,9 @@ from smidgen.errors import UserError
 from smidgen.fit import CHECKPOINT, FitConfig
 from smidgen.quant.activations import clipping, fix_ranges
 from smidgen.quant.activations import observe as calibrate
+from smidgen.quant.codes import static_layer
 from smidgen.quant.ranges import Range
-from smidgen.quant.simulate import Scheme, activations_of, set_mode, simulate, static_layer
+from smidgen.quant.simulate import Scheme, activations_of, set_mode, simulate
 from smidgen.quant.trained import TRAINED, load
 from smidgen.quant.training import prediction_loss, range_groups, split, train, weight_groups
 from smidgen.run import Run

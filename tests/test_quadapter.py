@@ -17,10 +17,11 @@ from smidgen.errors import UserError
 from smidgen.quant.activations import fix_ranges, search
 from smidgen.quant.blocks import Block, decoder_list
 from smidgen.quant.checkpoint import Checkpoint, load_model
+from smidgen.quant.codes import static_layer
 from smidgen.quant.families import Attention, Family, Fold
 from smidgen.quant.linear import weight_of
 from smidgen.quant.ranges import fake_quantize
-from smidgen.quant.simulate import Activation, QuantLinear, Scheme, activations_of, set_mode, simulate, static_layer
+from smidgen.quant.simulate import Activation, QuantLinear, Scheme, activations_of, set_mode, simulate
 from smidgen.quant.transforms import equalize, smoothquant
 from smidgen.quant.transforms.alpha import KINDS, adapted, check, legal, released
 from smidgen.quant.transforms.equalize import Equalization

@@ -103,11 +103,7 @@ def export(method: nn.Module, path: Path, episodes: Sequence[Episode], bits: int
         import onnxscript  # noqa: F401 (torch imports it late)
     except ImportError as error:
         raise UserError(f"exporting to ONNX needs the package {error.name}: pip install onnx onnxscript onnxruntime") from error
-    predictor = Predictor(copy.deepcopy(method).cpu()).eval()
-    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and not m.track_running_stats for m in predictor.modules()):
-        raise UserError(
-            "transductive batch norm takes statistics of the batch, which the file would get wrong; export an inductive network"
-        )
+    predictor = inductive(Predictor(copy.deepcopy(method).cpu())).eval()
     model = graph(predictor, feeds[0])
     if bits == 8:
         model = quantized(model, feeds)
@@ -122,6 +118,15 @@ def exportable(method: nn.Module) -> Exportable:
     if isinstance(method, ProtoNet | Propagating):
         return method
     raise UserError(f"a {type(method).__name__} cannot be exported to ONNX: its prediction is not a backbone with a head in closed form")
+
+
+def inductive(predictor: Predictor) -> Predictor:
+    """The predictor, if its features of an image are the same whatever lies beside it."""
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and not m.track_running_stats for m in predictor.modules()):
+        raise UserError(
+            "transductive batch norm takes statistics of the batch, which the file would get wrong; export an inductive network"
+        )
+    return predictor
 
 
 def tasks(episode: Episode) -> list[dict[str, np.ndarray]]:

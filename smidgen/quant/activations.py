@@ -97,7 +97,7 @@ class Reach:
 @torch.no_grad()
 def clipping(model: PreTrainedModel, layers: dict[str, QuantLinear], tokens: Int[Tensor, "n length"]) -> dict[str, Reach]:
     """The range of every activation, and what it clips of its values on `tokens`."""
-    with _counting(layers) as counts:
+    with counting(layers) as counts:
         for window in tokens:
             model(window[None].to(model.device), use_cache=False)
     found = {}
@@ -109,8 +109,8 @@ def clipping(model: PreTrainedModel, layers: dict[str, QuantLinear], tokens: Int
 
 
 @contextmanager
-def _counting(layers: dict[str, QuantLinear]) -> Iterator[dict[str, list[float]]]:
-    """Name -> the share clipped, per call."""
+def counting(layers: dict[str, QuantLinear]) -> Iterator[dict[str, list[float]]]:
+    """Name -> the share clipped, per call of the simulated model."""
     counts: dict[str, list[float]] = {}
     handles = []
     for name, activation in activations_of(layers):

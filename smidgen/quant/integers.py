@@ -110,7 +110,7 @@ def main(config: "Config", run: Run) -> dict[str, Any]:
 def scheme_of(config: "Config") -> Scheme:
     """What is quantized."""
     assert config.activations is not None
-    return Scheme(config.bits, config.activations, config.group)
+    return Scheme(config.weight_bits(), config.activations, config.group)
 
 
 def start_of(config: "Config") -> Start:
@@ -120,8 +120,12 @@ def start_of(config: "Config") -> Start:
 
 def described(config: "Config") -> dict[str, Any]:
     """What was done, for metrics.json."""
-    names = ("method", "bits", "activations", "group", "clip", "finetune", "finetune_share", "rounding", "seed")
-    return {name: vars(config)[name] for name in names} | {"symmetric": True, "high_precision": HIGH_PRECISION}
+    names = ("method", "activations", "group", "clip", "finetune", "finetune_share", "rounding", "seed")
+    return {name: vars(config)[name] for name in names} | {
+        "bits": config.weight_bits(),
+        "symmetric": True,
+        "high_precision": HIGH_PRECISION,
+    }
 
 
 def check(config: "Config", skeleton: PreTrainedModel) -> bool:
@@ -129,7 +133,7 @@ def check(config: "Config", skeleton: PreTrainedModel) -> bool:
     assert config.activations is not None
     if config.method not in METHODS:
         raise UserError(f"--method {config.method} quantizes weights alone; with --activations use {', '.join(METHODS)}")
-    for option, bits in (("activations", config.activations), ("weights", config.bits)):
+    for option, bits in (("activations", config.activations), ("weights", config.weight_bits())):
         if not 2 <= bits <= 8:
             raise UserError(f"--{option} must lie between 2 and 8, got {bits}")
     check_start(config)
@@ -221,7 +225,7 @@ def rounded(
             if full.startswith(f"{block.name}."):
                 layer = block.module.get_submodule(full.removeprefix(f"{block.name}."))
                 layer.register_forward_pre_hook(quantizing(quant.activation))
-        for full, q in quantize(block, solver, Grids(Narrow(config.bits, symmetric=True)), torch.float32, run).items():
+        for full, q in quantize(block, solver, Grids(Narrow(config.weight_bits(), symmetric=True)), torch.float32, run).items():
             layers[full].take(q)
     rmtree(folder)
     install(model, layers)

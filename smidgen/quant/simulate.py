@@ -4,7 +4,8 @@
 
 Inputs are asymmetric, one range per tensor (static), or one per token, computed as it comes (dynamic). Weights are symmetric, one range
 per row or per group. Layers that read the same tensor share one `Activation`, since a kernel quantizes it once. Everything else (norms,
-scores, softmax, embeddings, head) stays as it is.
+scores, softmax, embeddings, head) stays as it is. A convolution is such a layer too, of patches; its kernels return codes instead of
+floats, so that its output is quantized as well, behind the ReLU that follows if one does, and its bias is a whole number of s_x s_w.
 
 Where an `Activation`'s range comes from is its `mode`:
 
@@ -22,8 +23,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int8
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -31,7 +31,7 @@ from smidgen.errors import UserError
 from smidgen.grid import QWeight
 from smidgen.quant.blocks import decoder_list, family_of
 from smidgen.quant.families import Family
-from smidgen.quant.linear import LINEAR, weight_of
+from smidgen.quant.linear import LINEAR, product, weight_of
 from smidgen.quant.ranges import Kind, Link, Range, fake_quantize, moved
 
 Mode = Literal["float", "observe", "batch", "learned", "token"]
@@ -128,17 +128,26 @@ class Activation(nn.Module):
 
 
 class QuantLinear(nn.Module):
-    """A linear layer whose input and weight are quantized; its weight stays the layer's own parameter.
+    """A linear layer, or a convolution, whose input and weight are quantized; its weight stays the layer's own parameter.
 
     With `alpha` (logarithms of one factor per input channel, Quadapter) the input is scaled by the factors and the weight by their
     inverses before either is quantized: what the layer computes once they are folded into what comes before and into the weight.
+
+    With `output`, as convolutions have it, what leaves is quantized too, after it is clamped to `bounds`: the ReLU that follows.
     """
 
     source: Tensor | None
 
-    def __init__(self, layer: nn.Module, scheme: Scheme, activation: Activation) -> None:
+    def __init__(
+        self,
+        layer: nn.Module,
+        scheme: Scheme,
+        activation: Activation,
+        output: Activation | None = None,
+        bounds: tuple[float, float] | None = None,
+    ) -> None:
         super().__init__()
-        self.layer, self.scheme, self.activation = layer, scheme, activation
+        self.layer, self.scheme, self.activation, self.output, self.bounds = layer, scheme, activation, output, bounds
         self.alpha: nn.Parameter | None = None
         self.register_buffer("source", None, persistent=False)  # columns' entries in alpha, where some share one
         self.range: Range | None = None
@@ -151,11 +160,14 @@ class QuantLinear(nn.Module):
         if scheme.group is not None and columns % scheme.group:
             raise UserError(f"group {scheme.group} does not divide a row of {columns} weights; use a divisor or none")
 
-    def forward(self, x: Float[Tensor, "*n in"]) -> Float[Tensor, "*n out"]:
-        """The layer, with fake-quantized operands."""
+    def forward(self, x: Float[Tensor, "*n"]) -> Float[Tensor, "*m"]:
+        """The layer, with fake-quantized operands: (*, in) -> (*, out), or images."""
         factors = self.factors()
         x = self.activation(x if factors is None else x * factors)
-        return F.linear(x.to(self.weight.dtype), self.fake_weight().to(self.weight.dtype), self.layer.bias)  # pyright: ignore
+        y = product(self.layer, x.to(self.weight.dtype), self.fake_weight().to(self.weight.dtype), self.fake_bias())
+        if self.output is None:
+            return y
+        return self.output(y if self.bounds is None else y.clamp(*self.bounds))
 
     @property
     def weight(self) -> Float[Tensor, "out in"]:
@@ -179,6 +191,14 @@ class QuantLinear(nn.Module):
             return self.scaled_weight()
         grouped = self.grouped()
         return self.weight_range(grouped)(grouped).flatten(1) if self.range is not None else self._nearest(grouped).flatten(1)
+
+    def fake_bias(self) -> Float[Tensor, "out"] | None:
+        """A multiple of the products' scale where codes leave the layer, whose kernels add it to their 32-bit sums."""
+        bias: Tensor | None = self.layer.bias  # pyright: ignore[reportAssignmentType]
+        if bias is None or self.output is None or not self.quantized or self.activation.range is None:
+            return bias
+        unit = self.weight_range(self.grouped()).scale_zero()[0].flatten() * self.activation.range.scale_zero()[0]
+        return (bias / unit).round() * unit
 
     def grouped(self) -> Float[Tensor, "out groups width"]:
         """What is quantized, by groups that share a scale."""
@@ -220,21 +240,6 @@ class QuantLinear(nn.Module):
         if kind == "beta-gamma":
             self.range.narrow(reach / unit)
         return self.range
-
-
-@dataclass(frozen=True)
-class StaticLayer:
-    """One linear layer as a runtime stores it: value = scale (code - zero)."""
-
-    codes: Int8[Tensor, "out in"]
-    "Symmetric and narrow: -(2^(bits-1) - 1) .. 2^(bits-1) - 1."
-    scale: Float[Tensor, "out"]
-    bias: Float[Tensor, "out"] | None
-    weight_bits: int
-    input_scale: float
-    input_zero: int
-    "0 .. 2^input_bits - 1, as the input's codes."
-    input_bits: int
 
 
 def simulate(model: PreTrainedModel, scheme: Scheme) -> dict[str, QuantLinear]:
@@ -284,12 +289,13 @@ def same_input(family: Family | None) -> list[tuple[str, ...]]:
 
 
 def activations_of(layers: dict[str, QuantLinear]) -> Iterator[tuple[str, Activation]]:
-    """Every quantizer once, by the name of the first layer that reads it."""
+    """Every quantizer once, by the name of the first layer that reads it, or makes it."""
     seen: set[Activation] = set()
     for name, quant in layers.items():
-        if quant.activation not in seen:
-            seen.add(quant.activation)
-            yield name, quant.activation
+        for label, activation in ((name, quant.activation), (f"{name}.output", quant.output)):
+            if activation is not None and activation not in seen:
+                seen.add(activation)
+                yield label, activation
 
 
 def set_mode(layers: dict[str, QuantLinear], mode: Mode) -> None:
@@ -309,23 +315,3 @@ def unquantized(layers: dict[str, QuantLinear], inputs: Mode = "float") -> Itera
     finally:
         for quant in layers.values():
             quant.quantized = True
-
-
-@torch.no_grad()
-def static_layer(quant: QuantLinear) -> StaticLayer:
-    """A layer whose activation has a learned range, as a runtime stores it; alpha must have been folded."""
-    if quant.alpha is not None or quant.scheme.group is not None or quant.activation.range is None:
-        raise UserError("only folded layers with a scale per row and static input ranges can be exported as integers")
-    w = quant.weight.float()
-    range_ = quant.weight_range(w[:, None])
-    scale, zero = range_.scale_zero()
-    input_scale, input_zero = quant.activation.range.scale_zero()
-    return StaticLayer(
-        codes=(range_.codes(w[:, None]) - zero.int())[:, 0].to(torch.int8),
-        scale=scale.flatten(),
-        bias=quant.layer.bias.detach() if quant.layer.bias is not None else None,  # pyright: ignore
-        weight_bits=quant.scheme.weights,
-        input_scale=float(input_scale),
-        input_zero=int(input_zero),
-        input_bits=quant.activation.bits,
-    )

@@ -1,7 +1,7 @@
 """Artifacts whose products run on integers: written from simulated layers, read back in ONNX Runtime.
 
 written       a language model that was simulated (integers.py, qat.py)
-export        any module of linear layers, an encoder say: simulate, calibrate on a few batches, write
+export        any module, an encoder or a CNN say: simulate, calibrate on a few batches, write (modules.py)
 """
 
 from collections.abc import Callable, Iterable
@@ -14,58 +14,33 @@ from jaxtyping import Float32, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from smidgen.errors import UserError
-from smidgen.quant.activations import Search, fix_ranges
 from smidgen.quant.checkpoint import Checkpoint
+from smidgen.quant.codes import static_layer
 from smidgen.quant.evaluate import exponential
 from smidgen.quant.export import onnx_qdq
 from smidgen.quant.export.onnx import FAMILIES
-from smidgen.quant.linear import LINEAR
+from smidgen.quant.export.onnx_module import write_module
+from smidgen.quant.modules import W8A8, Method, quantized
 from smidgen.quant.runtimes.onnxruntime import OnnxRuntime, options
-from smidgen.quant.simulate import Activation, QuantLinear, Scheme, activations_of, install, restore, static_layer, unquantized
+from smidgen.quant.simulate import QuantLinear, Scheme
 from smidgen.run import Run
 
-W8A8 = Scheme()
 
-
-@torch.no_grad()
 def export(
     folder: Path,
     module: nn.Module,
     batches: Iterable[dict[str, Any]],
     outputs: tuple[str, ...],
     scheme: Scheme = W8A8,
-    ranges: Search = "mse",
+    ranges: Method = "mse",
     skip: tuple[str, ...] = (),
     tokenizer: Any = None,
 ) -> None:
-    """Writes `module` to `folder` as ONNX with static 8-bit inputs and weights in every linear layer but those in `skip`.
+    """Writes `module` to `folder` as ONNX with static 8-bit inputs and weights in its layers; see `modules.quantized`.
 
-    `batches` are calls of the module by argument name, a few typical ones; the first, which needs two or more entries along each free
-    axis, is what torch traces (see `onnx_qdq.write_module`). `outputs` are the keys of what the module returns, or names for a tensor.
-    Convolutions, embeddings, norms and attention scores stay float32. The module itself is left as it was.
+    `batches` are its calls. The module itself is left as it was.
     """
-    layers = {n: QuantLinear(m, scheme, Activation(scheme.activations)) for n, m in module.named_modules() if isinstance(m, LINEAR)}
-    layers = {name: quant.to(quant.weight.device) for name, quant in layers.items() if name not in skip}
-    calls = list(batches)
-    if not layers or not calls:
-        raise UserError(f"{type(module).__name__} has no linear layers to quantize" if calls else "calibration needs a batch or more")
-    training = module.training
-    module.eval()
-    install(module, layers)
-    try:
-        with unquantized(layers, "observe"):
-            for call in calls:
-                module(**call)
-        unused = [name for name, activation in activations_of(layers) if not activation.count]
-        if unused:
-            raise UserError(f"{unused[0]} is not used in the calls given; name it in `skip`")
-        fix_ranges(layers, ranges)
-        static = {name: static_layer(quant) for name, quant in layers.items()}
-    finally:
-        restore(module, layers)
-        module.train(training)
-    onnx_qdq.write_module(folder, module, static, calls[0], outputs, tokenizer=tokenizer)
+    quantized(module, batches, outputs, scheme, ranges, skip).write(folder, tokenizer)
 
 
 def written(source: Checkpoint, model: PreTrainedModel, layers: dict[str, QuantLinear], run: Run) -> Path:
@@ -77,7 +52,7 @@ def written(source: Checkpoint, model: PreTrainedModel, layers: dict[str, QuantL
     else:
         model.config._attn_implementation = "sdpa"  # ours is not for tracing
         example = {"input_ids": torch.zeros(2, 16, dtype=torch.int64, device=model.device), "use_cache": False}
-        onnx_qdq.write_module(folder, model, static, example, tokenizer=source.tokenizer())
+        write_module(folder, model, static, example, tokenizer=source.tokenizer())
     return run.keep(folder)
 
 

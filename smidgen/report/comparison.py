@@ -17,7 +17,7 @@ from smidgen.report.words import LABELS, finite, flatten, is_number, label, metr
 BETTER: tuple[tuple[str, Callable[[list[float]], float] | None], ...] = (
     ("*_float", None),
     *((name, min) for name in ("perplexity", "bits_per_weight", "*_bytes", "*_seconds", "*_ms*", "*loss", "*error")),
-    *((name, max) for name in ("*accuracy*", "*sqnr*", "mrr*", "hit*", "exact_match*")),
+    *((name, max) for name in ("*accuracy*", "*sqnr*", "mrr*", "hit*", "exact_match*", "cosine*", "agreement*")),
 )
 MEAN = "Mean over the layers of each block, measured by each method's own loss on its calibration text."
 MIXED = " Query, key and value layers are left out: methods weigh them by different losses."

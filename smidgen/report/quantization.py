@@ -16,6 +16,14 @@ SQNR = (
     "Signal-to-quantization-noise ratio: the energy of a layer's output over that of its error, as the method's own loss "
     "measures them on the calibration text. Gaps: layers without any error, or without any output."
 )
+COMPARED = (
+    "Both as ONNX in ONNX Runtime on one thread. Cosine and agreement are of what the two return for held-out inputs, which ranges were "
+    "not taken from; 1 is the float model itself."
+)
+OTHER_SHOWN = {
+    *("model", "method", "bits", "group", "symmetric", "size_bytes", "size_bytes_float", "latency_ms_p50", "latency_ms_p50_float"),
+    *("cosine", "cosine_least", "agreement"),
+}
 RELATIVE = "Size of a matrix's error relative to the matrix, ‖Ŵ − W‖ / ‖W‖. Without calibration text nothing is known of the outputs."
 
 
@@ -36,12 +44,27 @@ def evaluation(run: Finished) -> list[Section]:
 
 def quantization(run: Finished) -> list[Section]:
     """A run of `smidgen quantize`."""
+    if "kind" in run.metrics:
+        return [Section("Before and after", note=COMPARED, table=float_and_integer(run), facts=facts(run, OTHER_SHOWN)), *ranges(run)]
     shown = {"model", "method", "bits", "group", "symmetric", "perplexity", "perplexity_float", "size_bytes", "size_bytes_float", "tokens"}
     tokens = {"calibration tokens": run.metric("tokens")}
     headline = Section("Before and after", table=before_and_after(run), facts=tokens | facts(run, shown))
     if "activations" in run.metrics:
         return [headline, *curves(run), *ranges(run)]
     return [headline, *layer_sections(run), *sample_sections(run)]
+
+
+def float_and_integer(run: Finished) -> Table:
+    """The headline of a model that is no language model."""
+    pairs = (("size (MB)", "size_bytes"), ("median time of an input (ms)", "latency_ms_p50"))
+    rows = []
+    for text, name in pairs:
+        before, after = run.metrics.get(f"{name}_float"), run.metrics.get(name)
+        rows.append([Cell(text), Cell.of(name, before), Cell.of(name, after), Cell(ratio(before, after), numeric=True)])
+    same = "same largest entry" if run.metrics.get("kind") in ("questions", "tasks") else "same nearest other input"
+    for text, name in (("cosine, mean", "cosine"), ("cosine, least", "cosine_least"), (same, "agreement")):
+        rows.append([Cell(text), Cell.of(name, 1.0), Cell.of(name, run.metrics.get(name)), Cell("")])
+    return Table(["", "float", "integers", "integers ÷ float"], rows)
 
 
 def before_and_after(run: Finished) -> Table:

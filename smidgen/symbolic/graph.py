@@ -76,7 +76,7 @@ class Graph:
         """A weight that rounding has to spare: float16 where others have eight bits."""
         return self("Cast", self.constant(value, np.float16), to=1) if self.eight_bits else self.constant(value)
 
-    def model(self, outputs: dict[str, tuple[str, list[int | str]]]) -> "onnx.ModelProto":
+    def model(self, outputs: dict[str, tuple[str, list[int | str]]], opset: int = OPSET, ir: int = IR) -> "onnx.ModelProto":
         """All of it; `outputs` are names, which values they are, and their shapes."""
         import onnx
         from onnx import TensorProto, helper
@@ -86,7 +86,7 @@ class Graph:
         given = [helper.make_tensor_value_info("tokens", TensorProto.INT64, ["length"])]
         made = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, (_, shape) in outputs.items()]
         graph = helper.make_graph(self.nodes, "seq2grid", given, made, self.constants)
-        found = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR, producer_name="smidgen")
+        found = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir, producer_name="smidgen")
         onnx.checker.check_model(found, full_check=True)
         return found
 
@@ -94,10 +94,7 @@ class Graph:
 def build(model: GridModel, mode: Mode, eight_bits: bool) -> "onnx.ModelProto":
     """The graph of a trained model in evaluation mode."""
     graph, module = Graph(eight_bits), model.module
-    table = array(model.embedding.table) * model.embedding.table.shape[1] ** 0.5
-    x = graph("Gather", graph.precise(table), "tokens")
-    actions = probabilities(graph, module, x)
-    grid = (hard if mode == "hard" else soft)(graph, module, x, actions)  # (1, dim, rows, columns)
+    grid, actions = laid_out(graph, model, mode)
     network = model.network
     if isinstance(network, TextCNN) and isinstance(model.readout, nn.Linear):
         logits = dense(graph, model.readout, textcnn(graph, network, grid))
@@ -108,6 +105,22 @@ def build(model: GridModel, mode: Mode, eight_bits: bool) -> "onnx.ModelProto":
     else:
         raise UserError(f"a {type(network).__name__} with a {type(model.readout).__name__} cannot be exported")
     return graph.model({"logits": (logits, shape), "actions": (actions, ["length", 3])})
+
+
+def front(model: GridModel, mode: Mode, eight_bits: bool, opset: int, ir: int) -> "onnx.ModelProto":
+    """What lays the grid out alone, tokens -> cells (1, dim, rows, columns) and actions, to be joined with a network drawn elsewhere."""
+    graph, module = Graph(eight_bits), model.module
+    grid, actions = laid_out(graph, model, mode)
+    shape: list[int | str] = [1, model.embedding.table.shape[1], module.rows, module.columns]
+    return graph.model({"cells": (grid, shape), "actions": (actions, ["length", 3])}, opset, ir)
+
+
+def laid_out(graph: Graph, model: GridModel, mode: Mode) -> tuple[str, str]:
+    """The grid, (1, dim, rows, columns), and the actions that laid it out."""
+    table = array(model.embedding.table) * model.embedding.table.shape[1] ** 0.5
+    x = graph("Gather", graph.precise(table), "tokens")
+    actions = probabilities(graph, model.module, x)
+    return (hard if mode == "hard" else soft)(graph, model.module, x, actions), actions
 
 
 def array(parameter: Tensor) -> Float[np.ndarray, "*shape"]:

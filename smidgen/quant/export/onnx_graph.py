@@ -106,10 +106,16 @@ class Drawing:
     def node(self, name: str, kind: str, inputs: "Sequence[ir.Value]", outputs: "Sequence[ir.Value]", **attributes: Any) -> "ir.Node":
         """Any node."""
         contributed = kind in ("MatMulNBits", "GroupQueryAttention", "SkipSimplifiedLayerNormalization")
-        parameters = [self.ir.AttrInt64(k, int(v)) if isinstance(v, int) else self.ir.AttrFloat32(k, v) for k, v in attributes.items()]
+        parameters = [self._attribute(k, v) for k, v in attributes.items()]
         node = self.ir.Node(CONTRIBUTED if contributed else "", kind, inputs, parameters, outputs=outputs, name=name)
         self.nodes.append(node)
         return node
+
+    def _attribute(self, name: str, value: Any) -> "ir.Attr":
+        """An integer, several of them, or a float."""
+        if isinstance(value, tuple):
+            return self.ir.AttrInt64s(name, value)
+        return self.ir.AttrInt64(name, int(value)) if isinstance(value, int) else self.ir.AttrFloat32(name, value)
 
 
 @runtime_checkable

@@ -78,9 +78,14 @@ def searched(
         e = fake_quantize(u, scale, (-ends[0] / scale).round(), top) - u
         return float((e @ w.T).square().sum(1) @ stands)
 
+    return best_ends(error, bool(high >= -low))
+
+
+def best_ends(error: Callable[[float, float], float], upper_first: bool) -> tuple[float, float]:
+    """p and q <= 1 of least error, searched in turn."""
     best = [1.0, 1.0]
     for ratios in (COARSE, FINE):
-        for end in (1, 0) if high >= -low else (0, 1):
+        for end in (1, 0) if upper_first else (0, 1):
             tried = [[r, best[1]] if end == 0 else [best[0], r] for r in (min(1.0, best[end] * ratio) for ratio in ratios)]
             best = min(tried, key=lambda ends: error(*ends))
     return best[0], best[1]
