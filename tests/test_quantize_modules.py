@@ -467,7 +467,11 @@ def method(tmp_path_factory) -> Path:
 
 def test_a_few_shot_model(method, tmp_path):
     """Only the backbone is in integers; other ways and shots than were traced."""
-    other = few_shot(method, None)
+    patterns = np.random.default_rng(0).integers(0, 256, (6, 7, 7)).repeat(4, 1).repeat(4, 2)
+    noisy = (patterns[:, None] + np.random.default_rng(1).integers(-60, 60, (6, 12, 28, 28))).clip(0, 255).astype(np.uint8)
+    data = tmp_path / "set.npz"
+    np.savez(data, images=noisy.reshape(-1, 28, 28), labels=np.repeat(np.arange(6), 12), class_names=np.array(list("abcdef")))
+    other = few_shot(method, str(data))
     samples = other.samples(6, seed=0)
     calls = [dict(sample.call) for sample in samples[:4]]
     example = other.traced(samples[0])
