@@ -247,7 +247,9 @@ def test_it_answers_while_one_types(page):
 
 
 def test_by_keys_alone(page):
-    page.locator("#query").fill("my eyes hurt when I read in the evening")  # one search: an answer to half the words would be chosen from anew
+    page.locator("#query").fill(
+        "my eyes hurt when I read in the evening"
+    )  # one search: an answer to half the words would be chosen from anew
     options = page.get_by_role("option")
     options.first.wait_for()
     assert options.first.get_attribute("aria-selected") == "true"
