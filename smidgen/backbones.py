@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from smidgen.errors import UserError
 from smidgen.images import Images
 from smidgen.networks import Conv4
+from smidgen.quant.runtimes.onnxruntime import options as session_options
 
 LITE = "efficientnet-lite0"
 LITE_SIZE = 224
@@ -258,10 +259,8 @@ def _onnx(path: Path, scaling: Scaling) -> Backbone:
         import onnxruntime
     except ModuleNotFoundError as error:
         raise UserError("a backbone in ONNX needs the package onnxruntime: pip install onnxruntime") from error
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(str(path), session_options(), providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors have no common type of their own
         raise UserError(f"{path}: not a network ONNX Runtime can read ({' '.join(str(error).split())[:200]})") from error
     inputs, name = session.get_inputs(), session.get_outputs()[-1].name

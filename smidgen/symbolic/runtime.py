@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int
 
 from smidgen.errors import UserError
-from smidgen.quant.runtimes.onnxruntime import PRECISE, saturates
+from smidgen.quant.runtimes.onnxruntime import options
 from smidgen.symbolic.answering import Said
 from smidgen.symbolic.card import Card
 from smidgen.symbolic.decoders import log_softmax, read
@@ -50,9 +50,9 @@ def open_exported(path: Path, threads: int = 1) -> Exported:
     """Loads an exported model; more than one thread rarely helps one so small."""
     if not path.is_file():
         raise UserError(f"no such file: {path}")
-    session = _session(path, threads, {"session.disable_quant_qdq": "1"})  # int8 weights become floats once, not at every question
+    session = _session(path, threads, integers=False)
     if INTEGER_KEY in session.get_modelmeta().custom_metadata_map:
-        session = _session(path, threads, {PRECISE: "1"} if saturates() else {})
+        session = _session(path, threads, integers=True)
     try:
         card = Card.of(session.get_modelmeta().custom_metadata_map[CARD_KEY])
     except (ValueError, KeyError, TypeError) as error:
@@ -60,16 +60,15 @@ def open_exported(path: Path, threads: int = 1) -> Exported:
     return Exported(session, card)
 
 
-def _session(path: Path, threads: int, entries: dict[str, str]) -> Any:
+def _session(path: Path, threads: int, integers: bool) -> Any:
     try:
         import onnxruntime
     except ImportError as error:
         raise UserError("an exported model needs the package onnxruntime: pip install onnxruntime") from error
-    options = onnxruntime.SessionOptions()
-    for name, value in entries.items():
-        options.add_session_config_entry(name, value)
-    options.intra_op_num_threads = threads
+    chosen = options(threads, exact=integers)
+    if not integers:
+        chosen.add_session_config_entry("session.disable_quant_qdq", "1")  # int8 weights become floats once, not at every question
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(str(path), chosen, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors have no common type of their own
         raise UserError(f"{path}: not an ONNX model, or damaged") from error

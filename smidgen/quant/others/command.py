@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
+import torch
 from jaxtyping import Float
 
 from smidgen.errors import UserError
@@ -127,6 +128,7 @@ def written_float(other: Other, sample: Sample, folder: Path) -> Path:
     return folder
 
 
+@torch.no_grad()
 def reaches(integer: Integer, samples: Sequence[Sample], run: Run) -> None:
     """What the ranges are and clip, for the report."""
     with counting(integer.layers) as counts:

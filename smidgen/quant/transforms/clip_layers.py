@@ -46,22 +46,25 @@ def clip_tensor(activation: Activation, quants: list[QuantLinear], inputs: dict[
         return sum(float(product(u.layer, rounded(x, p, q) - x, u.weight, None).square().sum()) for u in quants for x in inputs[u])
 
     def whole(ends: tuple[float, float], shrinks: Sequence[nn.Parameter | None]) -> float:
+        put(shrinks)
         total = 0.0
-        for quant, ratio in zip(quants, shrinks, strict=True):
-            quant.shrink = ratio
+        for quant in quants:
             w = quant.fake_weight()
             for x in inputs[quant]:
-                total += float(
-                    (product(quant.layer, rounded(x, *ends), w, None) - product(quant.layer, x, quant.weight, None)).square().sum()
-                )
+                exact = product(quant.layer, x, quant.weight, None)
+                total += float((product(quant.layer, rounded(x, *ends), w, None) - exact).square().sum())
         return total
+
+    def put(shrinks: Sequence[nn.Parameter | None]) -> None:
+        for quant, ratio in zip(quants, shrinks, strict=True):
+            quant.shrink = ratio
 
     found = best_ends(error, bool(high >= -low))
     ratios = [nn.Parameter(shrink(quant, cost(quant, inputs[quant])), requires_grad=False) for quant in quants]
     tried = list(pairs((found, (1.0, 1.0)), (ratios, [None] * len(quants))))
     errors = [whole(*candidate) for candidate in tried]
     (p, q), chosen = tried[errors.index(min(errors))]
-    whole((p, q), chosen)
+    put(chosen)
     activation.low.copy_(p * low)
     activation.high.copy_(q * high)
 
