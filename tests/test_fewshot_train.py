@@ -286,6 +286,8 @@ def test_frames_of_one_film_are_on_one_side_of_a_task():
                     both.append(bool(sides[0] & sides[1]))
                 assert (episode.query_y >= 0).all()
         assert any(both) is not clean
+    halves = Sampler(replace(images, groups=film), 4, 12, 12)(0)
+    assert (halves.query_y >= 0).sum() == (halves.support_y >= 0).sum() == 4 * 12, "three films of four frames on either side"
     with pytest.raises(UserError, match="0 classes with enough images"):
         Sampler(replace(images, groups=torch.arange(144) // 24), 2, 1, 1)
     assert torch.equal(replace(images, groups=film).of([2, 0]).groups, torch.cat([film[48:72], film[:24]]))
