@@ -176,6 +176,8 @@ def test_refusals(quick, trained, tmp_path):
         trained(replace(quick, validation_episodes=0))
     with pytest.raises(UserError, match="--weight-steps: only for --method mxml"):
         trained(replace(quick, weight_steps=3))
+    with pytest.raises(UserError, match="--decay and --decay-every are of --schedule steps, not of method"):
+        trained(replace(quick, schedule="method", decay=0.3))
     with pytest.raises(UserError, match="--hold-out divides the classes itself"):
         trained(replace(quick, hold_out=0.2, train_split="all"))
 
