@@ -220,6 +220,9 @@ def test_refusals_of_the_command(trained, command, tmp_path):
     config = Config(trained[0], data=str(trained[1]))
     with pytest.raises(UserError, match="--bits 8 takes the ranges of activations from real images"):
         command(Config(trained[0], bits=8))
+    for option in ("split", "calibration_split"):
+        with pytest.raises(UserError, match=f"--{option.replace('_', '-')} is about --data"):
+            command(Config(trained[0], **{option: "val"}))
     with pytest.raises(UserError, match="in float or 8 bits, not 4"):
         command(replace(config, bits=4))
     with pytest.raises(UserError, match="no-such-run holds no trained method"):

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import sys
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -95,6 +96,7 @@ def test_damaged_photos_are_skipped_and_counted_when_asked(predict, photos):
     ("options", "message"),
     [
         (("--temperature", "0"), "--temperature must be positive"),
+        (("--model", "run", "--batch", "8"), "--batch is for a backbone without training"),
         (("--method", "label-propagation", "--temperature", "3"), "takes none"),
         (("--batch", "0"), "--batch"),
         (("--scaling", "half"), "ONNX"),
@@ -187,8 +189,11 @@ def test_images_are_brought_to_what_a_network_reads(images):
     seen = []
     backbone = Backbone("look", "k", lambda x: seen.append(x) or x.flatten(1), size=10, channels=1)
     assert backbone.features(images).shape == (5, 100)
-    grey = images.pixels.double() @ torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64) / 255
-    assert torch.allclose(seen[0].mean().double(), grey.mean(), atol=0.01)
+    for channel, weight in enumerate((0.299, 0.587, 0.114)):  # of luma; the mean of noise would not tell the channels apart
+        alone = torch.zeros_like(images.pixels)
+        alone[..., channel] = images.pixels[..., channel]
+        backbone.features(replace(images, pixels=alone))
+        assert float(seen[-1].mean()) == pytest.approx(weight * float(alone[..., channel].double().mean()) / 255, abs=0.01)
     with pytest.raises(UserError, match="NaN"):
         Backbone("broken", "k", lambda x: x.flatten(1) / 0 * 0).features(images)
 

@@ -176,6 +176,8 @@ def test_refusals(quick, trained, tmp_path):
         trained(replace(quick, validation_episodes=0))
     with pytest.raises(UserError, match="--weight-steps: only for --method mxml"):
         trained(replace(quick, weight_steps=3))
+    with pytest.raises(UserError, match="--decay and --decay-every are of --schedule steps, not of method"):
+        trained(replace(quick, schedule="method", decay=0.3))
     with pytest.raises(UserError, match="--hold-out divides the classes itself"):
         trained(replace(quick, hold_out=0.2, train_split="all"))
 
@@ -286,6 +288,8 @@ def test_frames_of_one_film_are_on_one_side_of_a_task():
                     both.append(bool(sides[0] & sides[1]))
                 assert (episode.query_y >= 0).all()
         assert any(both) is not clean
+    halves = Sampler(replace(images, groups=film), 4, 12, 12)(0)
+    assert (halves.query_y >= 0).sum() == (halves.support_y >= 0).sum() == 4 * 12, "three films of four frames on either side"
     with pytest.raises(UserError, match="0 classes with enough images"):
         Sampler(replace(images, groups=torch.arange(144) // 24), 2, 1, 1)
     assert torch.equal(replace(images, groups=film).of([2, 0]).groups, torch.cat([film[48:72], film[:24]]))

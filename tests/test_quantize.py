@@ -353,11 +353,12 @@ def test_a_model_that_lacks_weights_is_not_measured(tiny_llama, test_text, tmp_p
     weights = load_file(lacking / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, lacking / "model.safetensors", metadata={"format": "pt"})
-    for command in (["evaluate", str(lacking), "--text", str(test_text), "--length", "64"], ["run", str(lacking), "hello"]):
+    evaluate = ["evaluate", str(lacking), "--text", str(test_text), "--length", "64", "--output", str(tmp_path / "e")]
+    for command in (evaluate, ["run", str(lacking), "hello"]):
         assert main(command) == 2
         assert "lack model.layers.1.mlp.up_proj.weight, which the architecture llama needs" in capsys.readouterr().err
     (lacking / "model.safetensors.index.json").write_text('{"weights": 3}')
-    assert main(["evaluate", str(lacking), "--text", str(test_text), "--length", "64"]) == 2
+    assert main(evaluate) == 2
     assert "model.safetensors.index.json is damaged" in capsys.readouterr().err
 
 

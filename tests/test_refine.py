@@ -202,6 +202,8 @@ def test_review(given, tmp_path, monkeypatch):
         (["--budget", "0"], "--budget must be positive"),
         (["--held-out", "0.9"], "--held-out must be between"),
         (["--validation-split", "val"], "--validation-split is a part of --validation"),
+        (["--validation", "val", "--held-out", "0.3"], "--held-out divides the source where there is no --validation"),
+        (["--review-port", "8000"], "--review-port is of the page that --review serves"),
         (["--validation", "nowhere"], "no such image folder or file: nowhere"),
         (["--embed", "nothing"], "no backbone nothing"),
     ],

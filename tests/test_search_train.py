@@ -87,8 +87,8 @@ def distilled(trained, data, tmp_path_factory):
         key = (layers, *sorted(options.items()))
         if key not in made:
             config = distill.Config(
-                trained[1], layers=layers, vocabulary=200, width=24, steps=STEPS, batch=32, learning_rate=2e-3,
-                texts=data / "features.jsonl", device="cpu", precision="float32", **options,
+                trained[1], layers=layers, vocabulary=200, steps=STEPS, batch=32, learning_rate=2e-3, texts=data / "features.jsonl",
+                device="cpu", precision="float32", **({"width": 24} if layers == "static" else {}) | options,
             )  # fmt: skip
             with Run("search distill", config, tmp_path_factory.mktemp("runs") / layers) as run:
                 made[key] = distill.main(config, run), run.folder
@@ -269,6 +269,7 @@ def test_refusals(config, trained, data, tmp_path):
     for options, message in (
         ({"epochs": 0}, "--epochs must be positive"),
         ({"interpolation": 2.0}, "--interpolation must be between 0 and 1"),
+        ({"interpolation": 0.5, "folds": 3}, "--folds choose the interpolation"),
         ({"folds": 9, "interpolation": None}, "--folds must be between 1 and 5"),
         ({"queries": None, "interpolation": None}, "without example queries no weight can be chosen"),
         ({"teacher": "nowhere"}, "no encoder nowhere"),
@@ -279,12 +280,17 @@ def test_refusals(config, trained, data, tmp_path):
     assert not (tmp_path / "refused" / "artifact").exists()
 
     def student(folder=trained[1], **options):
-        made = distill.Config(folder, texts=data / "features.jsonl", device="cpu", steps=1, **{"vocabulary": 200} | options)
+        texts = data / "features.jsonl"
+        made = distill.Config(folder, device="cpu", **{"vocabulary": 200, "steps": 1, "texts": texts} | options)
         with Run("search distill", made, tmp_path / "none") as run:
             return distill.main(made, run)
 
     for options, message in (
         ({"layers": "3"}, "--layers 3: the teacher has 2"),
+        ({"layers": "2", "width": 16}, "--width is of --layers static; 2 layers keep the teacher's"),
+        ({"layers": "1", "steps": -1}, "--steps must not be negative"),
+        ({"layers": "1", "learning_rate": 0.0}, "--learning-rate must be positive"),
+        ({"layers": "1", "texts": data / "nothing.txt"}, "--texts: no such file"),
         ({"layers": "static", "bits": 32}, "--bits 32 is for networks"),
         ({"layers": "1", "method": Distillation(texts=2.0)}, "--method.texts is a share"),
         ({"layers": "1", "vocabulary": 30}, "--vocabulary 30: characters and the pieces"),

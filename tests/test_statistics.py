@@ -93,6 +93,7 @@ def test_statistics_that_do_not_fit_are_refused(collected, tiny_llama, tiny_opt,
         return capsys.readouterr().err.splitlines()[-1]
 
     assert "reads no statistics" in refused(tiny_llama, "--method", "rtn")
+    assert "leave out one of --stats and --calibration" in refused(tiny_llama, "--method", "boa", "--calibration", "docstrings:json")
     assert "--rotate changes it" in refused(tiny_llama, "--method", "boa", "--rotate")
     assert "collected on tiny-llama" in refused(tiny_opt, "--method", "boa")
     assert "mismatch" in refused(tiny_llama, "--method", "boa", "--boa.mismatch", "residual")

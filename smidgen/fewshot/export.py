@@ -70,6 +70,9 @@ class Config:
             if value is not None and value < least[name]:
                 raise UserError(f"--{name} must be {'positive' if least[name] == 1 else 'at least 2'}, got {value}")
         check_seed(self.seed)
+        for name in ("split", "episodes", "calibration_split", "calibration"):
+            if self.data is None and vars(self)[name] != vars(type(self))[name]:
+                raise UserError(f"--{name.replace('_', '-')} is about --data; give that, too, or leave it out")
         if self.bits == 8 and self.data is None:
             raise UserError("--bits 8 takes the ranges of activations from real images: give some with --data, such as those trained on")
 

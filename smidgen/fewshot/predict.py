@@ -91,7 +91,7 @@ class Config:
     def check(self) -> None:
         """Refuses what cannot work, or would do nothing."""
         of_backbone = {"method": self.method, "backbone": self.backbone, "scaling": self.scaling, "temperature": self.temperature}
-        of_backbone |= {"size": self.size, "cache": self.cache}
+        of_backbone |= {"size": self.size, "cache": self.cache, "batch": None if self.batch == type(self).batch else self.batch}
         for name, value in of_backbone.items():
             if self.model is not None and value is not None:
                 raise UserError(f"--{name} is for a backbone without training; a --model brings its own, leave one of the two out")

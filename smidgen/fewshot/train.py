@@ -129,6 +129,8 @@ class Config(FitConfig, Source):
                 raise UserError(f"--{name}: only for --method mxml, not for {self.method}")
         if self.method == "mxml" and not self.members and self.resume is not None:
             raise UserError("--resume: the first stage of mxml cannot be gone on with; train members as runs of their own, with --members")
+        if self.schedule == "method" and (self.decay, self.decay_every) != (FitConfig.decay, FitConfig.decay_every):
+            raise UserError("--decay and --decay-every are of --schedule steps, not of method, which is the paper's")
         if self.hold_out is not None and (self.validation_data or (self.train_split, self.validation_split) != ("train", "val")):
             raise UserError("--hold-out divides the classes itself; leave --train-split, --validation-split and --validation-data out")
         self.training().check(evaluates)

@@ -374,6 +374,8 @@ def check(model: PreTrainedModel, config: Config, grids: Grids, solver: RTN | GP
         raise UserError("mismatch compares quantized with float inputs; use --inputs quantized, or mismatch none")
     if config.stats and not solver.needs:
         raise UserError(f"--method {config.method} reads no statistics; leave out --stats")
+    if config.stats and config.calibration != Config.calibration:
+        raise UserError("--stats take the place of a calibration text; leave out one of --stats and --calibration")
     if config.stats and config.rotate:
         raise UserError("--stats are of the model as it is, and --rotate changes it; use one of them")
     if config.target_bpw is not None:  # every width that may be chosen

@@ -120,6 +120,10 @@ class Config:
         if not 0.05 <= self.held_out <= 0.5:
             raise UserError(f"--held-out must be between 0.05 and 0.5, got {self.held_out}")
         check_seed(self.seed)
+        if self.validation is not None and self.held_out != type(self).held_out:
+            raise UserError("--held-out divides the source where there is no --validation; leave one of the two out")
+        if self.review_port and not self.review:
+            raise UserError("--review-port is of the page that --review serves; give that, too")
         if self.validation_split is not None and self.validation is None:
             raise UserError("--validation-split is a part of --validation; give that, too")
         return tuple(stage for stage in STAGES if stage in asked)

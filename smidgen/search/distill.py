@@ -97,6 +97,8 @@ class Config:
             raise UserError("--method: temperature must be positive, alignment, list-kl and labels not negative")
         if not 0 <= method.texts <= 1:
             raise UserError(f"--method.texts is a share, 0 to 1, got {method.texts}")
+        if self.layers != "static" and self.width != type(self).width:
+            raise UserError(f"--width is of --layers static; {self.layers} layers keep the teacher's")
         if self.layers == "static" and self.bits != 8:
             raise UserError("--bits 32 is for networks; a static table is written in 8 bits")
 

@@ -100,6 +100,8 @@ class Config:
         check_seed(self.seed)
         if self.interpolation is not None and not 0 <= self.interpolation <= 1:
             raise UserError(f"--interpolation must be between 0 and 1, got {self.interpolation}")
+        if self.interpolation is not None and self.folds != type(self).folds:
+            raise UserError("--folds choose the interpolation; with --interpolation given leave them out")
         if self.interpolation is None and not 1 <= self.folds <= FOLDS:
             raise UserError(f"--folds must be between 1 and {FOLDS}, got {self.folds}")
         if not (self.method.temperature > 0 and 0 <= self.method.filter <= 1 and self.method.hard >= 0 and self.method.teaching >= 0):
