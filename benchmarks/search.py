@@ -193,6 +193,9 @@ def students(bench: Bench, seed: int) -> Iterator[dict]:
         with bench.run("search distill", f"student-{spec}-{seed}", config) as run:
             made = distill.distilled(config, run)
             seconds = round(time.monotonic() - started)
+            if config.layers == "static":  # a table is written in eight bits only: what they cost is seen in memory
+                scores = relevance(made.student.encode(bench.texts), made.bank).cpu().numpy()
+                yield {"system": "static, 32 bits, not written", "seconds": seconds} | bench.figures(scores)
             for bits in (8,) if config.layers == "static" else (32, 8):
                 folder = run.partial(f"bits-{bits}")
                 distill.write(folder, made, replace(config, bits=bits))
