@@ -63,7 +63,7 @@ def stopped(capsys):
 
 
 def nothing_looks_finished(run: Path) -> bool:
-    return not [p for p in run.iterdir() if p.is_dir()] and not (run / "metrics.json").exists()
+    return not run.exists() or (not [p for p in run.iterdir() if p.is_dir()] and not (run / "metrics.json").exists())
 
 
 @pytest.mark.parametrize("size", [SMALL, LARGE])

@@ -400,10 +400,10 @@ def test_codes_beyond_their_grid_are_refused(tiny_llama, tmp_path):
 
 def test_missing_packages_are_named_with_their_extra(artifact, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(UserError, match=r"package onnxruntime: pip install smidgen\[onnx\]"):
+    with pytest.raises(UserError, match=r"package onnxruntime: pip install 'smidgen\[onnx\]'"):
         OnnxRuntime.open(artifact)
     monkeypatch.setitem(sys.modules, "onnx_ir", None)
-    with pytest.raises(UserError, match=r"package onnx_ir: pip install smidgen\[onnx\]"):
+    with pytest.raises(UserError, match=r"package onnx_ir: pip install 'smidgen\[onnx\]'"):
         read(artifact)
 
 
