@@ -3,7 +3,7 @@
 const PAUSE = 80; // ms without a key before asking
 const $ = (id) => document.getElementById(id);
 const box = $("query"), list = $("hits"), way = $("way");
-let hits = [], chosen = -1, asking = null, timer = 0;
+let hits = [], chosen = -1, asked = "", asking = null, timer = 0;
 
 async function get(address, signal) {
   const response = await fetch(address, { signal });
@@ -13,8 +13,10 @@ async function get(address, signal) {
 }
 
 async function ask() {
-  asking?.abort();
   const text = box.value;
+  if (text === asked) return; // an answer once more would undo what the keys have chosen
+  asked = text;
+  asking?.abort();
   $("clear").hidden = !text;
   if (text.trim().length < 2) return show("start", text.trim() ? "Keep typing." : "");
   asking = new AbortController();
@@ -26,6 +28,7 @@ async function ask() {
     list.classList.toggle("unsure", !answer.fits);
   } catch (error) {
     if (error.name === "AbortError") return;
+    asked = "";
     show("", error instanceof TypeError ? "The search does not answer. Is it still running?" : error.message);
   }
 }
@@ -121,4 +124,4 @@ try {
 } catch {
   $("status").textContent = "The search does not answer. Is it still running?";
 }
-if (box.value && !asking) ask(); // typed before this script ran
+if (box.value) ask(); // typed before this script ran
