@@ -266,6 +266,18 @@ def test_by_keys_alone(page):
     assert page.locator("#query").input_value() == "" and page.locator("#start").is_visible()
 
 
+def test_the_same_words_are_asked_once(page):
+    asked = []
+    page.on("request", lambda request: asked.append(request.url) if "api/search" in request.url else None)
+    page.locator("#query").fill("my eyes hurt when I read in the evening")
+    options = page.get_by_role("option")
+    options.first.wait_for()
+    page.keyboard.press("ArrowDown")
+    page.locator("#query").dispatch_event("input")
+    page.wait_for_timeout(300)  # a second answer would choose the first hit again
+    assert len(asked) == 1 and options.nth(1).get_attribute("aria-selected") == "true"
+
+
 def test_nothing_fits_is_said_clearly(page):
     page.get_by_role("combobox").fill("how do I boil a potato")
     page.get_by_role("heading", name="Nothing fits").wait_for()

@@ -300,3 +300,9 @@ def test_refusals(config, trained, data, tmp_path):
         with pytest.raises(UserError, match=message):
             student(**options)
     assert not (tmp_path / "none" / "artifact").exists()
+
+
+def test_the_weight_is_chosen_by_rank_and_the_lift_by_what_is_found():
+    choices = {(0.5, 1.0): (0.4, 0.9), (0.5, 1.1): (0.4, 0.95), (1.0, 1.0): (0.5, 0.7), (1.0, 1.1): (0.6, 0.8), (1.0, 1.2): (0.55, 0.85)}
+    assert teacher.pick(choices) == (1.0, 1.2)
+    assert teacher.pick(dict.fromkeys(choices, (0.5, 0.5))) == (0.5, 1.0)  # of equal ones the least

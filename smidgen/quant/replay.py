@@ -63,7 +63,8 @@ class Recorded:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # torch has no narrower one for what a capture does not permit
-            warnings.warn(f"not recorded as a CUDA graph, hence slower: {str(error).splitlines()[0]}", stacklevel=2)
+            reason = str(error).partition("\n")[0]
+            warnings.warn(f"not recorded as a CUDA graph, hence slower: {reason}", stacklevel=2)
             self.replays = False
 
     def __call__(self) -> Any:

@@ -54,7 +54,8 @@ def train(
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # torch has no narrower one for what a capture does not permit
-            run.say(f"warning: not recorded as CUDA graphs, hence slower: {str(error).splitlines()[0]}")
+            reason = str(error).partition("\n")[0]
+            run.say(f"warning: not recorded as CUDA graphs, hence slower: {reason}")
     return fit(model, loss, batches, config, run, groups=groups, evaluate=evaluate)
 
 
