@@ -83,7 +83,7 @@ class Trunk(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(n, channels, height, width) -> (n, features)"""
         c = self.classifier
-        one = torch.ones_like(c.shift[0])  # without a scale a GPU's batch norm has no gradient for its shift ("tensor does not have a device")
+        one = torch.ones_like(c.shift[0])  # without a scale a GPU's batch norm has no gradient for its shift
         for weight, bias, shift in zip(c.weights, c.biases, c.shift, strict=True):
             x = F.batch_norm(F.conv2d(x, weight, bias, padding=1), None, None, one, shift, True, 0.1, EPSILON)
             x = F.max_pool2d(F.relu(x), 2)

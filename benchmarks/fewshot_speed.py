@@ -71,7 +71,7 @@ def tpn_loop(method: TPN, batch: Episode) -> Tensor:
 def network(theta: list[tuple[Tensor, Tensor]], shift: Tensor, x: Tensor) -> Tensor:
     """Logits of Bayesian TAML's classifier."""
     for (weight, bias), moved in zip(theta[:-1], shift, strict=True):
-        x = F.batch_norm(F.conv2d(x, weight, bias, padding=1), None, None, None, moved, True, 0.1, EPSILON)
+        x = F.batch_norm(F.conv2d(x, weight, bias, padding=1), None, None, torch.ones_like(moved), moved, True, 0.1, EPSILON)
         x = F.max_pool2d(F.relu(x), 2)
     return F.linear(x.flatten(1), *theta[-1])
 
