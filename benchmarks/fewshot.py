@@ -89,7 +89,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text}; {default}")
     parser.add_argument("--weight-decay", type=float, default=0.0)
     parser.add_argument("--augment", nargs="*", choices=KINDS, help="of training images; by default flip crop for cifar-fs alone")
-    parser.add_argument("--graphs", action="store_true", help="train omniglot, cifar-fs and the TPN head by CUDA graphs")
+    parser.add_argument("--graphs", action="store_true", help="train omniglot, cifar-fs, any-shot and the TPN head by CUDA graphs")
     parser.add_argument("--tested", nargs="*", choices=ANYWHERE, help="sets that any-shot tests on; by default all")
     parser.add_argument("--keep", type=Path, help="folder that keeps trained any-shot methods; those that are there are not trained")
     parser.add_argument("--cache", type=Path, help="folder that keeps features of frozen backbones")

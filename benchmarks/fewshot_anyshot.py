@@ -51,9 +51,11 @@ def any_shot_trained(method: str, train_set: Images, validation_set: Images, see
         return Trained(model.eval(), **stored["made"])
     validation = Sampler(validation_set, 5, "any", options.queries, tasks=AT_ONCE, seed=seed + 1)
     config = FitConfig(steps=steps, learning_rate=1e-3, schedule="cosine", weight_decay=options.weight_decay, seed=seed)
-    classifiers = [m for m in model.modules() if isinstance(m, Classifier)] if options.start_steps else []
-    before = [started(classifier, sampler, validation, options) for classifier in classifiers]
-    made = fitted(model, sampler, validation, replace(config, evaluate_every=max(1, steps // 8)), options)
+    classifiers = [m for m in model.modules() if isinstance(m, Classifier)]  # of an inner loop
+    before = [started(classifier, sampler, validation, options) for classifier in classifiers if options.start_steps]
+    made = fitted(
+        model, sampler, validation, replace(config, evaluate_every=max(1, steps // 8)), options, options.graphs and bool(classifiers)
+    )
     for first in before:
         made = replace(made, start=f"protonet {first.steps}", seconds=made.seconds + first.seconds)
     if file:

@@ -5,8 +5,9 @@
 The loop is what one would write after the papers: a task at a time without padding, torch's own batch norm, an inverse for TPN, and
 `torch.autograd.grad(..., create_graph=True)` for the inner loop. Both are given the same tasks (32 x 32 noise: speed does not depend on
 what is in the images; 5-way, 15 queries a class, TPN with 5 shots, Bayesian TAML with 1 to 50) and, before any timing, must have the same
-loss in float64. A step is loss, gradient and Adam's update. TPN's batch norm takes its statistics over all images of a batch in training;
-losses are compared in evaluation mode and timed in training mode.
+loss in float64. A step is loss, gradient and Adam's update; on a GPU ours run as CUDA graphs (smidgen/fewshot/graphs.py), which are checked
+to have the same loss and made before the clock starts. TPN's batch norm takes its statistics over all images of a batch in training; losses
+are compared in evaluation mode and timed in training mode.
 
 A row per method goes to benchmarks/results/fewshot_speed.csv: steps/s and tasks/s of both, and their ratio.
 """
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smidgen.fewshot.episodes import Episode, Sampler, Shots
+from smidgen.fewshot.graphs import Training
 from smidgen.fewshot.methods.btaml import BTAML, divergence, sample
 from smidgen.fewshot.methods.inner import EPSILON
 from smidgen.fewshot.methods.tpn import TPN
@@ -115,13 +117,13 @@ Loss = Callable[[Any, Episode, dict[str, Tensor]], Tensor]
 
 
 def rate(method: nn.Module, loss: Loss, batches: list[Episode], noises: list[dict[str, Tensor]], seconds: float) -> float:
-    """Steps per second, of loss, gradient and update; three steps to warm up."""
+    """Steps per second, of loss, gradient and update; every batch once to warm up."""
     optimizer = torch.optim.Adam(method.parameters(), 1e-4)
-    cuda, started, steps = next(method.parameters()).is_cuda, 0.0, -3
+    cuda, started, steps = next(method.parameters()).is_cuda, 0.0, -len(batches)
     while steps < 1 or time.monotonic() - started < seconds:
         if steps == 0:
             started = time.monotonic()
-        i = max(steps, 0) % len(batches)
+        i = steps % len(batches)
         optimizer.zero_grad()
         loss(method, batches[i], noises[i]).backward()
         optimizer.step()
@@ -131,9 +133,23 @@ def rate(method: nn.Module, loss: Loss, batches: list[Episode], noises: list[dic
     return steps / (time.monotonic() - started)
 
 
+def by_graphs(method: nn.Module, tasks: Sampler) -> Loss:
+    """A method's loss as `smidgen fewshot train` has it on a GPU; refuses graphs whose loss is another, float32 and its noise aside."""
+    training = Training(method)
+    training.capture(tasks)
+    losses = []
+    for loss in (method.loss, training):  # pyright: ignore  a Method
+        torch.manual_seed(1)
+        losses.append(float(loss(tasks(0)).detach()))
+    if not abs(losses[0] - losses[1]) <= 1e-3 * abs(losses[0]):
+        raise SystemExit(f"loss {losses[0]} without graphs, {losses[1]} with them")
+    return lambda _, batch, noise: training(batch)
+
+
 def compared(name: str, method: nn.Module, side_by_side: Loss, loop: Loss, shots: Shots, options: argparse.Namespace) -> dict:
     """A row; refuses to time what does not compute the same, in float64."""
-    batches = [Sampler(images(options.device), 5, shots, 15, tasks=options.tasks)(i) for i in range(8)]
+    tasks = Sampler(images(options.device), 5, shots, 15, tasks=options.tasks)
+    batches = [tasks(i) for i in range(8)]
     with torch.no_grad():
         read = [method.encoder(batch) if isinstance(method, BTAML) else {} for batch in batches]
         noises = [{name: torch.randn_like(mu) for name, (mu, _) in q.items()} for q in read]
@@ -143,7 +159,8 @@ def compared(name: str, method: nn.Module, side_by_side: Loss, loop: Loss, shots
     if not abs(a - b) <= 1e-8 * abs(b):
         raise SystemExit(f"{name}: loss {a} side by side, {b} in a loop")
     method.train()
-    fast, slow = (rate(method, f, batches, noises, options.seconds) for f in (side_by_side, loop))
+    fast = by_graphs(method, tasks) if options.device.type == "cuda" else side_by_side
+    fast, slow = (rate(method, f, batches, noises, options.seconds) for f in (fast, loop))
     row = {"method": name, "tasks": options.tasks, "loss": round(a, 5), "loop_loss": round(b, 5)}
     row |= {"steps_per_s": round(fast, 3), "loop_steps_per_s": round(slow, 3), "tasks_per_s": round(fast * options.tasks, 2)}
     return row | {"ratio": round(fast / slow, 2)} | rows.provenance()

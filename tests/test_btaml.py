@@ -12,6 +12,7 @@ from torch import nn
 
 from smidgen.errors import UserError
 from smidgen.fewshot.episodes import Episode, Sampler, accuracy
+from smidgen.fewshot.graphs import Graphs, sized
 from smidgen.fewshot.measure import norm_mode
 from smidgen.fewshot.methods import Shows, btaml
 from smidgen.fewshot.methods.btaml import BTAML, BTAMLConfig, divergence, modulated, sample
@@ -218,6 +219,38 @@ def test_first_moments_follow_from_those_of_the_windows():
     maps = parts.windows.maps(parts.each(weight).flatten(2) @ parts.windows.columns)
     for ours, theirs in zip(parts.windows.moments(weight), moments(maps, parts), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@METHODS
+def test_the_sizes_of_cuda_graphs_change_nothing(make):
+    """Tasks padded to one width, with room for parts that are not there: loss and gradients as before."""
+    method, tasks = made(make).eval(), batch(task([3, 20]), task([30, 1], seed=1), task([1, 1], seed=2))
+    tensors = list(method.parameters())
+    roomy = sized(tasks, (100, 20), method.classifier)
+    assert roomy.support_y.shape == (3, 100) and roomy.query_y.shape == (3, 20)
+    assert roomy.room == (10, 4) and Parts.least((tasks.support_y >= 0).double()) == 8  # 3 + 4 + 1; in steps of 39 / 8 and 9 / 8
+    before, after = (torch.autograd.grad(method(episode), tensors, allow_unused=True) for episode in (tasks, roomy))
+    assert method(roomy).item() == pytest.approx(method(tasks).item(), abs=1e-12)
+    for a, b in zip(before, after, strict=True):
+        assert (a is None and b is None) or torch.allclose(a, b, rtol=1e-9, atol=1e-12)
+    cut = replace(roomy, room=(7, 4))
+    assert not abs(method(cut).item() - method(tasks).item()) < 1e-6  # too little room would be seen here
+
+
+def test_any_batch_has_one_of_few_sizes():
+    images = Images("noise", torch.zeros(20 * 70, 16, 16, 1).byte(), torch.arange(20).repeat_interleave(70), tuple(map(str, range(20))))
+    sampler = Sampler(images, 5, "any", 15, tasks=4)
+    graphs = Graphs(made(FACTORIES[2]), sampler)
+    rooms = {sized(sampler(i), graphs.width, graphs.classifier).room for i in range(200)}
+    assert {support for support, _ in rooms} <= set(range(16, 129, 16)) and len(rooms) > 4 and {query for _, query in rooms} == {40}
+
+
+def test_cuda_graphs_are_refused_where_sizes_differ():
+    images = Images("noise", torch.zeros(20 * 70, 16, 16, 1).byte(), torch.arange(20).repeat_interleave(70), tuple(map(str, range(20))))
+    with pytest.raises(UserError, match="tasks of one size"):
+        Graphs(make("protonet", IMAGE, 5, {}), Sampler(images, 5, "any", 15))
+    with pytest.raises(UserError, match="faithful_padding"):
+        Graphs(MAML(IMAGE, MAMLConfig(inner=Inner(faithful_padding=True))), Sampler(images, 5, "any", 15))
 
 
 def test_linear_softmax_by_hand():

@@ -52,6 +52,8 @@ class Episode:
     ways: int
     classes: Int[Tensor, "tasks ways"] | None = None
     "What every way is among the classes of the images drawn from; None where nobody knows."
+    room: tuple[int, int] | None = None
+    "Of supports and of queries, how many parts an inner loop computes (methods/inner.py), where shapes may not depend on data (graphs.py)."
 
     def shots(self) -> Float[Tensor, "tasks ways"]:
         """Support images of every class."""

@@ -307,7 +307,7 @@ def train(
 ) -> FitResult:
     """Trains a method in place; with `keep_best`, or patience, it ends in the state of the best validation.
 
-    `groups` are parameter groups as `fit` has them. `graphs`: by CUDA graphs, for which all tasks must have one size and no padding.
+    `groups` are parameter groups as `fit` has them. `graphs`: by CUDA graphs (graphs.py).
     """
 
     def measure(model: nn.Module) -> dict[str, Any]:
@@ -320,5 +320,5 @@ def train(
     if graphs:
         if tasks.device.type != "cuda" or config.accumulation > 1:  # a second backward pass would overwrite the gradient of the first
             raise UserError("CUDA graphs need a CUDA device, and one batch of tasks per update")
-        training.capture(tasks(0))
+        training.capture(tasks)
     return fit(training, lambda model, episode: model(episode), tasks, config, run, groups=groups, evaluate=measure)

@@ -25,7 +25,7 @@ from functools import cached_property
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -95,7 +95,8 @@ class Classifier(nn.Module):
 
     def adapt(self, theta: Layers, rates: Layers, emphasis: Float[Tensor, "tasks ways"], episode: Episode, steps: int) -> Layers:
         """theta_K of every task. `theta`, `rates`: (tasks, *shape); `emphasis` is w."""
-        parts, y = Parts.of(episode.support_x, self._counted(episode.support_y)), episode.support_y
+        y = episode.support_y
+        parts = Parts.of(episode.support_x, self.counted(y), episode.room[0] if episode.room else None)
         images = parts.total(parts.counted.sum(1))[:, None]  # N
         weight = parts.cut(emphasis.gather(1, y.clamp(min=0)) * (y >= 0) * episode.ways / images)
         y, outer = parts.cut(y), torch.is_grad_enabled()
@@ -112,7 +113,7 @@ class Classifier(nn.Module):
 
     def answers(self, theta: Layers, episode: Episode) -> Float[Tensor, "tasks queries ways"]:
         """Logits of the queries, normalized with the statistics of one another."""
-        parts = Parts.of(episode.query_x, self._counted(episode.query_y))
+        parts = Parts.of(episode.query_x, self.counted(episode.query_y), episode.room[1] if episode.room else None)
         return parts.joined(self.logits(theta, parts))[:, : episode.query_y.shape[1]]
 
     def logits(self, theta: Layers, parts: "Parts") -> Float[Tensor, "parts part ways"]:
@@ -126,7 +127,8 @@ class Classifier(nn.Module):
         weight, bias = theta[BLOCKS]
         return torch.baddbmm(parts.each(bias)[:, None], x.transpose(1, 2).flatten(2), parts.each(weight).mT)
 
-    def _counted(self, y: Int[Tensor, "tasks n"]) -> Float[Tensor, "tasks n"]:
+    def counted(self, y: Int[Tensor, "tasks n"]) -> Float[Tensor, "tasks n"]:
+        """1 for images that have a part in the statistics and in N."""
         real = torch.ones_like(y) if self.inner.faithful_padding else y >= 0
         return real.to(self.shift.dtype)
 
@@ -156,8 +158,10 @@ class Rates(nn.Module):
 class Parts:
     """Images of several tasks, each task's cut into parts of one size, filled up with zeros; parts without an image are left out."""
 
-    kept: Bool[Tensor, "tasks most"]
-    "Which of the parts there could be are there."
+    index: Int[Tensor, "parts"]
+    "Which they are of the parts there could be."
+    shape: tuple[int, int]
+    "Of the parts there could be: (tasks, most)."
     member: Float[Tensor, "tasks parts"]
     "1 where a part is of a task."
     x: Float[Tensor, "parts part channels height width"]
@@ -165,11 +169,18 @@ class Parts:
     "1 for images that enter the statistics of batch norm, otherwise 0."
 
     @staticmethod
-    def of(x: Float[Tensor, "tasks n channels height width"], counted: Float[Tensor, "tasks n"]) -> "Parts":
-        """All images that are counted, and what shares a part with them."""
+    def of(x: Float[Tensor, "tasks n channels height width"], counted: Float[Tensor, "tasks n"], room: int | None = None) -> "Parts":
+        """All images that are counted, and what shares a part with them; with `room` for more, parts of none, which change nothing."""
         kept = _eights(counted).any(-1)
-        member = F.one_hot(kept.nonzero()[:, 0], len(kept)).T.to(counted.dtype)
-        return Parts(kept, member, _eights(x)[kept], _eights(counted)[kept])
+        present = kept.flatten()
+        index = present.nonzero()[:, 0] if room is None else (~present).int().argsort(stable=True)[:room]
+        member = F.one_hot(index // kept.shape[1], len(kept)).T.to(counted.dtype)
+        return Parts(index, (len(kept), kept.shape[1]), member, _taken(x, index), _taken(counted, index))
+
+    @staticmethod
+    def least(counted: Float[Tensor, "tasks n"]) -> int:
+        """The room that parts need."""
+        return int(_eights(counted).any(-1).sum())
 
     @cached_property
     def windows(self) -> "Windows":
@@ -184,12 +195,13 @@ class Parts:
 
     def cut(self, values: Shaped[Tensor, "tasks n"]) -> Shaped[Tensor, "parts part"]:
         """A number per image, cut alike."""
-        return _eights(values)[self.kept]
+        return _taken(values, self.index)
 
     def joined(self, values: Float[Tensor, "parts part *rest"]) -> Float[Tensor, "tasks most_n *rest"]:
         """The way back; zeros where no part was."""
-        whole = values.new_zeros(*self.kept.shape, *values.shape[1:])
-        return whole.masked_scatter(self.kept.view(*self.kept.shape, *[1] * (values.ndim - 1)), values).flatten(1, 2)
+        tasks, most = self.shape
+        whole = values.new_zeros(tasks * most, *values.shape[1:])
+        return whole.index_copy(0, self.index, values).unflatten(0, self.shape).flatten(1, 2)
 
     def total(self, values: Float[Tensor, "parts *rest"]) -> Float[Tensor, "tasks *rest"]:
         """Sums over each task's parts."""
@@ -223,6 +235,10 @@ class Windows:
 def _eights(x: Shaped[Tensor, "tasks n *rest"]) -> Shaped[Tensor, "tasks most part *rest"]:
     missing = -x.shape[1] % PART
     return F.pad(x, (*[0, 0] * (x.ndim - 2), 0, missing)).unflatten(1, (-1, PART))
+
+
+def _taken(x: Shaped[Tensor, "tasks n *rest"], index: Int[Tensor, "parts"]) -> Shaped[Tensor, "parts part *rest"]:
+    return _eights(x).flatten(0, 1).index_select(0, index)
 
 
 def convolved(
