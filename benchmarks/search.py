@@ -11,7 +11,7 @@
     students    3 and 2 layers and the static table, in 32 and 8 bits, with meaning alone and with trigrams ("fused"); what follows @ is
                 set in the configuration of distillation (steps, learning_rate, batch, vocabulary, method.texts, ...)
     leave-out   five teachers, each without the queries of a fifth of the features, measured on the development queries of that fifth,
-                beside the teacher that had them ("all features"), at the teacher's lift and at others; and the queries of the other four
+                beside the teacher that had them ("all features"), at the default lift and at others; and the queries of the other four
                 fifths, which pay for a lift
     unasked     the same of the untrained encoder, in the index alone: with a feature's own texts, and with the examples to be expected
                 of it beside them (smidgen/search/expected.py)
@@ -19,7 +19,7 @@
     times       of written students: p50 and p95 of warm queries on one thread, and the cold start
 
 The features and the development queries are in DATA/search; figures are of the development queries, on which nothing was trained. The
-teacher's weight and lift are chosen by held-out features (`smidgen search train`), not by them. "Texts" are scores by the features' own
+teacher's weight is chosen by held-out features (`smidgen search train`), not by them. "Texts" are scores by the features' own
 texts, "examples" with the training queries beside them (smidgen/search/relevance.py). A row per system and seed goes to --results; its
 columns are KIND FIGURE, as smidgen/search/metrics.py defines them. Run with OMP_NUM_THREADS=1 where times matter.
 """
@@ -52,6 +52,7 @@ from smidgen.search.static import static
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "search.csv"
+LIFTS = (1.0, 1.05, 1.1, LIFT, 1.2)
 KINDS, FIGURES = ("contextual", "keyword", "typo", "all"), ("hit@1", "hit@10", "mrr@10", "ndcg@10")
 COLUMNS = [
     "table", "system", "seed", *(f"{kind} {figure}" for kind in KINDS for figure in FIGURES), "auroc", "size_mb", "p50_ms", "p95_ms",
@@ -155,16 +156,16 @@ def teachers(bench: Bench, seed: int) -> Iterator[dict]:
     started = time.monotonic()
     config, start = bench.config(seed), bench.start()
     with bench.run("search train", f"teacher-{seed}", config) as run:
-        weight, lift = bench.options.interpolation, LIFT
+        weight = bench.options.interpolation
         if weight is None:
             kept, held_out = hold_out(bench.queries, seed)
             chosen = teacher.choose(start, bench.features, kept, held_out, config, run)
-            weight, lift = teacher.pick(chosen)
-            print("held-out MRR@10 and hit@10 by weight and lift:", {pair: np.round(values, 4).tolist() for pair, values in chosen.items()})
+            weight = teacher.pick(chosen)
+            print("held-out MRR@10 by weight:", {w: round(value, 4) for w, value in chosen.items()})
         end = teacher.train(start, bench.features, bench.queries, config, run, 1.0)
         folder = run.partial("artifact")
         save(folder, teacher.between(start, end, weight))
-        (folder / teacher.RELEVANCE).write_text(json.dumps({"version": 1, "lift": lift}) + "\n")
+        (folder / teacher.RELEVANCE).write_text(json.dumps({"version": 1, "lift": config.lift}) + "\n")
         write_features(folder / FEATURES, bench.features)
         write_queries(folder / teacher.TRAINED_ON, bench.queries)
         write_queries(folder / teacher.HELD_OUT, bench.dev)
@@ -254,10 +255,9 @@ def leave_out(bench: Bench, seed: int) -> Iterator[dict]:
     start, config = bench.start(), bench.config(seed)
     full = load(bench.options.models / f"teacher-{seed}" / "artifact", teacher.LENGTH)
     full.model.to(bench.options.device)
-    chosen = json.loads((bench.options.models / f"teacher-{seed}" / "artifact" / teacher.RELEVANCE).read_text())["lift"]
     weight = 1.0 if bench.options.interpolation is None else bench.options.interpolation
     for by in ("texts", "examples"):
-        yield {"system": f"all features, {by}"} | answerable(bench, scored(bench, full, by, lift=chosen))
+        yield {"system": f"all features, {by}"} | answerable(bench, scored(bench, full, by))
     folds = np.array([fold_of(bench, query, seed) for query in bench.dev])
     left: dict[tuple[str, float], np.ndarray] = defaultdict(lambda: np.zeros((len(bench.dev), len(bench.features))))
     others: dict[float, list[dict]] = defaultdict(list)
@@ -266,13 +266,13 @@ def leave_out(bench: Bench, seed: int) -> Iterator[dict]:
             kept, _ = teacher.split(bench.features, bench.queries, (), fold, seed)
             end = teacher.train(start, bench.features, kept, config, run, weight)
             unseen = folds == fold
-            left["texts", chosen][unseen] = scored(bench, end, "texts")[unseen]
-            for lift in sorted({chosen, *teacher.LIFTS}):
+            left["texts", LIFT][unseen] = scored(bench, end, "texts")[unseen]
+            for lift in LIFTS:
                 scores = scored(bench, end, "examples", kept, lift)
                 left["examples", lift][unseen] = scores[unseen]
                 others[lift].append(answerable(bench, scores, ~unseen & (folds >= 0)))
     for (by, lift), rows in left.items():
-        yield {"system": f"left out, {by}, lift {lift:g}{' (chosen)' if lift == chosen else ''}"} | answerable(bench, rows)
+        yield {"system": f"left out, {by}, lift {lift:g}"} | answerable(bench, rows)
     for lift, figures in others.items():
         yield {"system": f"not left out, lift {lift:g}"} | means(figures)
 
@@ -289,7 +289,7 @@ def unasked(bench: Bench, seed: int) -> Iterator[dict]:
         silent = ~labels(kept, bench.features, start.device)[0].any(0)[:, None, None]
         bank = sides(start, bench.features, kept, lift=1.0)
         for name, guess in (("own texts", torch.where(silent, bank[:, :1], bank)), ("expected examples", bank)):
-            for lift in teacher.LIFTS:
+            for lift in LIFTS:
                 scores = relevance(asked, torch.where(silent, lift * guess, guess)).cpu().numpy()
                 left[name, lift][folds == fold] = scores[folds == fold]
                 others[name, lift].append(answerable(bench, scores, (folds != fold) & (folds >= 0)))

@@ -55,17 +55,16 @@ def markdown(found: dict[str, Seeds], columns: dict[str, str]) -> str:
 def lost(found: dict[str, Seeds]) -> str:
     """What features lose that were left out of training, in points of hit@10, and what the others pay."""
     whole = found["all features, examples"]
-    lines = ["| lift | left out, hit@10 | lost | MRR@10 | others, hit@10 | MRR@10 | chosen by seeds |", "|---" * 7 + "|"]
+    lines = ["| lift | left out, hit@10 | lost | MRR@10 | others, hit@10 | MRR@10 |", "|---" * 6 + "|"]
     for lift in ("1", "1.05", "1.1", "1.15", "1.2"):
         out: Seeds = {}
-        chosen = []
-        for name in (f"left out, examples, lift {lift}", f"left out, examples, lift {lift} (chosen)"):
+        for name in (f"left out, examples, lift {lift}", f"left out, examples, lift {lift} (chosen)"):  # by seeds, as it once was
             out |= found.get(name, {})
-            chosen += found.get(name, {}) if "chosen" in name else []
         others = found[f"not left out, lift {lift}"]
-        points = statistics.mean(100 * (float(whole[seed][LOST]) - float(row[LOST])) for seed, row in out.items())
+        points = [100 * (float(whole[seed][LOST]) - float(out[seed][LOST])) for seed in sorted(out)]
         figures = [cell(part, column) for part in (out, others) for column in (LOST, "contextual mrr@10")]
-        lines.append(f"| {lift} | {figures[0]} | {points:.1f} | {' | '.join(figures[1:])} | {', '.join(sorted(chosen))} |")
+        by_seed = ", ".join(f"{p:.1f}" for p in points)
+        lines.append(f"| {lift} | {figures[0]} | {statistics.mean(points):.1f} ({by_seed}) | {' | '.join(figures[1:])} |")
     return "\n".join(lines)
 
 

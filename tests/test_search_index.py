@@ -2,6 +2,7 @@
 
 import struct
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from smidgen.search.calibration import Calibration, calibrate, evidence
 from smidgen.search.features import Feature
 from smidgen.search.fusion import Lexicon, fuse, idf, spelt, trigrams, words
 from smidgen.search.index import BLOCK, HEADER, Index, best, quantized
-from smidgen.search.spelling import Speller, distance
+from smidgen.search.spelling import Speller, distance, outlines
 
 TEXTS = ["Night light amber eyes", "Mobile hotspot share", "Bluetooth headphones", "Dark theme", "Wi-Fi wifi"]
 
@@ -60,6 +61,8 @@ def test_scores_are_those_of_the_stored_numbers(made, views, random):
         at += len(rows)
     assert made.scores(u) == pytest.approx(slow, abs=1e-6) and len(made.codes) == at
     assert made.scores(u) == pytest.approx([float((rows @ u).max()) for rows in views], abs=0.01)
+    others = [unit(random, 48).astype(np.float32) for _ in range(2)]
+    assert made.scores(u, *others) == pytest.approx(np.max([made.scores(v) for v in (u, *others)], 0), abs=1e-6)
 
 
 def test_blocks_change_nothing(random, monkeypatch):
@@ -67,7 +70,9 @@ def test_blocks_change_nothing(random, monkeypatch):
     index, u = Index.of(list(v[:, None]), ["x"] * len(v)), unit(random, 16).astype(np.float32)
     whole = index.scores(u)
     monkeypatch.setattr(index_module, "BLOCK", 5)
+    index = replace(index)  # whose floats are not yet made
     assert np.allclose(index.scores(u), whole, atol=1e-6) and best(whole, 1)[0] == (v @ u).argmax()
+    assert np.allclose(index.scores(u, -u), np.abs(whole), atol=1e-6)
 
 
 @pytest.mark.parametrize("count", [1, 3, 10, 50, 80])
@@ -85,7 +90,7 @@ def test_written_and_read_back(made, tmp_path, random):
     made.write(path)
     read = Index.read(path)
     u = unit(random, 48).astype(np.float32)
-    assert isinstance(read.codes.base, np.memmap) and (read.codes == made.codes).all() and len(read) == 5
+    assert isinstance(read.codes.base.base, np.memmap) and (read.codes == made.codes).all() and len(read) == 5
     assert (read.scores(u) == made.scores(u)).all()
     assert (read.lexicon.coverage("night lihgt") == made.lexicon.coverage("night lihgt")).all()
     assert [f.name for f in tmp_path.iterdir()] == ["index.smi"]
@@ -288,7 +293,14 @@ def test_of_words_equally_near_the_one_that_begins_alike_is_meant():
     assert speller.word("sund") == "sound" and speller.word("gund") == "fund"
 
 
-def test_the_bag_of_letters_loses_no_neighbour(speller, random):
+def test_a_slip_is_two_bits_of_an_outline_at_most(random):
+    for _ in range(2000):
+        a, b = ("".join(random.choice(list("abcde\u00e9"), random.integers(1, 14))) for _ in range(2))
+        first, second = outlines((a, b))
+        assert int(first ^ second).bit_count() <= 2 * distance(a, b, 14), (a, b)
+
+
+def test_outlines_lose_no_neighbour(speller, random):
     """Every word within reach by brute force is found with the bound on letters, too."""
     for word in ("bluetooth", "headphones", "hotspot", "theme", "share"):
         for _ in range(30):

@@ -271,6 +271,7 @@ def test_refusals(config, trained, data, tmp_path):
         ({"interpolation": 2.0}, "--interpolation must be between 0 and 1"),
         ({"interpolation": 0.5, "folds": 3}, "--folds choose the interpolation"),
         ({"folds": 9, "interpolation": None}, "--folds must be between 1 and 5"),
+        ({"lift": 5.0}, "--lift must be between 0.5 and 2"),
         ({"queries": None, "interpolation": None}, "without example queries no weight can be chosen"),
         ({"teacher": "nowhere"}, "no encoder nowhere"),
         ({"hold_out": 0.5}, "--hold-out must be"),
@@ -302,7 +303,6 @@ def test_refusals(config, trained, data, tmp_path):
     assert not (tmp_path / "none" / "artifact").exists()
 
 
-def test_the_weight_is_chosen_by_rank_and_the_lift_by_what_is_found():
-    choices = {(0.5, 1.0): (0.4, 0.9), (0.5, 1.1): (0.4, 0.95), (1.0, 1.0): (0.5, 0.7), (1.0, 1.1): (0.6, 0.8), (1.0, 1.2): (0.55, 0.85)}
-    assert teacher.pick(choices) == (1.0, 1.2)
-    assert teacher.pick(dict.fromkeys(choices, (0.5, 0.5))) == (0.5, 1.0)  # of equal ones the least
+def test_of_equal_weights_the_least_is_chosen():
+    assert teacher.pick({0.0: 0.4, 0.5: 0.6, 1.0: 0.5}) == 0.5
+    assert teacher.pick(dict.fromkeys((1.0, 0.5, 0.0), 0.5)) == 0.0

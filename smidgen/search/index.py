@@ -32,6 +32,7 @@ import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +75,7 @@ class Index:
         """
         counts = _header(path)
         layout, size = _layout(counts)
-        data = np.memmap(path, np.uint8, "r") if mapped else np.fromfile(path, np.uint8)
+        data = np.asarray(np.memmap(path, np.uint8, "r")) if mapped else np.fromfile(path, np.uint8)  # slices of a memmap are slow to make
         if len(data) != size:
             raise UserError(f"{path}: damaged, it has {len(data)} of {size} bytes; copy or distil it again")
         if zlib.crc32(data[HEAD:].data) != counts["crc"]:
@@ -120,16 +121,25 @@ class Index:
     def __len__(self) -> int:
         return len(self.starts) - 1
 
-    def scores(self, u: Float32[np.ndarray, "width"]) -> Float32[np.ndarray, "features"]:
-        """s of every feature: its best view's cosine with u, a vector of length 1."""
+    def scores(self, *units: Float32[np.ndarray, "width"]) -> Float32[np.ndarray, "features"]:
+        """s of every feature: its best view's cosine with u, a vector of length 1; of several, with whichever is nearest."""
         dots = np.empty(len(self.codes), np.float32)
-        floats = np.empty((min(BLOCK, len(dots)), self.width), np.float32)
+        floats = np.empty((BLOCK, self.width), np.float32) if self._floats is None else self._floats
         for at in range(0, len(dots), BLOCK):
             block = self.codes[at : at + BLOCK]
-            np.copyto(floats[: len(block)], block)
-            np.dot(floats[: len(block)], u, out=dots[at : at + len(block)])
+            if self._floats is None:
+                np.copyto(floats[: len(block)], block)
+            found = dots[at : at + len(block)]
+            np.dot(floats[: len(block)], units[0], out=found)
+            for u in units[1:]:
+                np.maximum(found, floats[: len(block)] @ u, out=found)
         dots *= self.scales
         return dots if len(dots) == len(self) else np.maximum.reduceat(dots, self.starts[:-1])
+
+    @cached_property
+    def _floats(self) -> Float32[np.ndarray, "vectors width"] | None:
+        """The codes of an index of one block, turned into floats once: no more memory than a query would take."""
+        return self.codes.astype(np.float32) if len(self.codes) <= BLOCK else None
 
     def check(self, path: Path) -> None:
         """Refuses numbers that point outside of the arrays; the checksum is of what was written, whoever wrote it."""

@@ -128,8 +128,8 @@ class Searcher:
         """Of all features, in their order: of the query as it was typed or as it was meant, whichever a feature is nearer to."""
         text = checked(query)
         texts = list(dict.fromkeys((text, self.speller.corrected(text))))
-        cosine = np.max([self.index.scores(u) for u in self.encoder(texts)], 0)
-        return fuse(cosine, np.max([self.index.lexicon.coverage(t) for t in texts], 0), self.settings.weight)
+        cosine = self.index.scores(*self.encoder(texts))
+        return fuse(cosine, np.maximum.reduce([self.index.lexicon.coverage(t) for t in texts]), self.settings.weight)
 
     def __call__(self, query: str, count: int = 10) -> Answer:
         """The best features, at most `count`; equal scores in the order of the features."""

@@ -11,8 +11,9 @@ query stays as it is while a known word begins with it: it may be half typed.
 
 Not every unknown word is misspelt, so a query is searched as it was typed and as it is read, and a feature has the better of both scores.
 
-Two words at distance k differ in at most 2 k letters, counted without order. That leaves some ten words of ten thousand to be compared
-letter by letter.
+A changed letter is two letters that differ, counted without order; one more or less is a letter and a length; a swap is nothing. So an
+integer has two bits a letter, for its first and its second time in a word, and one for every length reached: integers of words at
+distance k differ in at most 2 k bits, which leaves a handful of ten thousand to be compared letter by letter.
 """
 
 import re
@@ -22,7 +23,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import UInt64
 
 from smidgen.search.fusion import WORD, plain
 
@@ -33,6 +34,8 @@ TYPED = re.compile(r"[\w'\u2019]+")
 CLOSING = ".,;:!?"  # they end a text, not its last word
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 COLUMN = np.array([LETTERS.find(chr(c)) % (len(LETTERS) + 1) for c in range(129)])  # of a character; those beyond ASCII share the last
+COLUMNS = 4 ** np.arange(len(LETTERS) + 1, dtype=np.uint64)  # the lower bit of each
+HIGHEST = 2 ** np.arange(2 * len(COLUMNS), 64, dtype=np.uint64)
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,8 @@ class Speller:
     """Known words, the likeliest first."""
 
     words: tuple[str, ...]
-    bags: UInt8[np.ndarray, "letters_and_one words"]
-    "How often each letter is in a word; the last row is of all others."
+    outlines: UInt64[np.ndarray, "words"]
+    "Their letters without order, and their lengths."
     rank: dict[str, int]
     ordered: tuple[str, ...]
     "The words by the alphabet."
@@ -54,7 +57,7 @@ class Speller:
         own = Counter(WORD.findall(plain(" ".join(texts))))
         rest = (word for word in vocabulary if len(word) >= SHORT - 1 and word.isalpha())
         words = tuple(dict.fromkeys((*(word for word, _ in own.most_common()), *rest)))
-        return Speller(words, bags(words), {word: i for i, word in enumerate(words)}, tuple(sorted(words)), len(own))
+        return Speller(words, outlines(words), {word: i for i, word in enumerate(words)}, tuple(sorted(words)), len(own))
 
     def corrected(self, text: str) -> str:
         """The text with its misspelt words set right; the very same one if there are none."""
@@ -71,8 +74,7 @@ class Speller:
         if len(low) < SHORT or not low.isalpha() or self.knows(low) or (open_end and self.begins(low)):
             return word
         forgiven = 2 if len(low) >= LONG else 1
-        letters = bags((low,))
-        apart = (np.maximum(self.bags, letters) - np.minimum(self.bags, letters)).sum(0, dtype=np.uint8)
+        apart = np.bitwise_count(self.outlines ^ outlines((low,))[0])
         apart[self.own :] += 2 * (forgiven - 1)
         near = np.flatnonzero(apart <= 2 * forgiven).tolist()
         found = [(distance(low, self.words[i], forgiven if i < self.own else 1), self.words[i][0] != low[0], i) for i in near]
@@ -92,13 +94,21 @@ class Speller:
         return any(s in self.rank or s + "e" in self.rank or (s[-1] == s[-2] and s[:-1] in self.rank) for s in stems)
 
 
-def bags(words: Sequence[str]) -> UInt8[np.ndarray, "letters_and_one words"]:
-    """How often each letter is in every word, up to 6 times; a row per letter, for sums over letters are then of whole rows."""
-    letters = np.frombuffer("".join(words).encode("utf-32-le"), np.uint32).astype(np.int64)
+def outlines(words: Sequence[str]) -> UInt64[np.ndarray, "words"]:
+    """For every word an integer of two bits a letter, set if the word has it once, and twice; letters beyond a to z share theirs.
+
+    The ten highest bits say how long it is: longer than 3, than 4, .. than 12.
+
+    >>> [bin(int(n) % 2**54) for n in outlines(["abba", "cab"])]
+    ['0b1111', '0b10101']
+    """
+    lengths = np.array([len(word) for word in words])
+    letters = np.frombuffer("".join(words).encode("utf-32-le"), np.uint32)
     columns = COLUMN[np.minimum(letters, len(COLUMN) - 1)]
-    places = columns * len(words) + np.repeat(np.arange(len(words)), [len(word) for word in words])
-    counts = np.bincount(places, minlength=(len(LETTERS) + 1) * len(words))
-    return np.minimum(counts, 6).astype(np.uint8).reshape(-1, len(words))
+    places = np.repeat(np.arange(len(words)), lengths) * len(COLUMNS) + columns
+    counts = np.bincount(places, minlength=len(COLUMNS) * len(words)).reshape(-1, len(COLUMNS))
+    longer = lengths[:, None] > np.arange(SHORT - 1, SHORT - 1 + len(HIGHEST))
+    return (counts >= 1) @ COLUMNS + (counts >= 2) @ (2 * COLUMNS) + longer @ HIGHEST
 
 
 def distance(a: str, b: str, most: int) -> int:
@@ -107,7 +117,11 @@ def distance(a: str, b: str, most: int) -> int:
     >>> distance("blutooth", "bluetooth", 2), distance("wfii", "wifi", 1), distance("night", "sight", 1), distance("abc", "xyz", 1)
     (1, 1, 1, 2)
     """
-    if abs(len(a) - len(b)) > most:
+    while a and b and a[0] == b[0]:
+        a, b = a[1:], b[1:]
+    while a and b and a[-1] == b[-1]:
+        a, b = a[:-1], b[:-1]
+    if abs(len(a) - len(b)) > most or (most == 1 and max(len(a), len(b)) > 2):  # what is left differs at both ends
         return most + 1
     before, row = [0] * (len(b) + 1), list(range(len(b) + 1))
     for i, x in enumerate(a, start=1):

@@ -48,11 +48,10 @@ TRAINED_ON, HELD_OUT = "queries.jsonl", "held_out.jsonl"  # in the folder of a t
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 LENGTH = 64  # tokens of a text
 WARMUP = 0.1  # of the updates
-LIFTS = (1.0, 1.05, 1.1, 1.15, 1.2)
 RELEVANCE = "relevance.json"  # beside them: {"version", "lift"}
 Parts = Mapping[str, Sequence[Query]]
-Choices = dict[tuple[float, float], tuple[float, float]]
-"MRR@10 and hit@10 for a weight and a lift."
+Choices = dict[float, float]
+"MRR@10 for a weight."
 
 
 @Parameter(name="*")
@@ -81,6 +80,8 @@ class Config:
     "Weight of the trained network against the start, w; none: chosen by features held out."
     folds: int = 1
     "Of five, trained to choose it."
+    lift: float = LIFT
+    "Factor of features without example queries among others that have some: larger finds them sooner, and the others later."
     hold_out: float = 0.1
     "Share of the example queries that is kept back, to choose by and to measure with; never more than one of a feature's three."
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -100,6 +101,8 @@ class Config:
         check_seed(self.seed)
         if self.interpolation is not None and not 0 <= self.interpolation <= 1:
             raise UserError(f"--interpolation must be between 0 and 1, got {self.interpolation}")
+        if not 0.5 <= self.lift <= 2:
+            raise UserError(f"--lift must be between 0.5 and 2, got {self.lift}")
         if self.interpolation is not None and self.folds != type(self).folds:
             raise UserError("--folds choose the interpolation; with --interpolation given leave them out")
         if self.interpolation is None and not 1 <= self.folds <= FOLDS:
@@ -132,21 +135,21 @@ def main(config: Config, run: Run) -> dict[str, Any]:
     start.model.to(device)
 
     chosen = {} if config.interpolation is not None else choose(start, features, queries, held_out, config, run)
-    weight, lift = pick(chosen) if config.interpolation is None else (config.interpolation, LIFT)
+    weight = pick(chosen) if config.interpolation is None else config.interpolation
     teacher = train(start, features, queries, config, run, weight)
 
     folder = run.partial("artifact")
     save(folder, teacher)
     write_features(folder / FEATURES, features)
-    (folder / RELEVANCE).write_text(json.dumps({"version": 1, "lift": lift}) + "\n")
+    (folder / RELEVANCE).write_text(json.dumps({"version": 1, "lift": config.lift}) + "\n")
     for name, part in ((TRAINED_ON, queries), (HELD_OUT, held_out)):
         if part:
             write_queries(folder / name, part)
     run.keep(folder)
     return run.finish(
         interpolation=weight,
-        lift=lift,
-        held_out_mrr={w: max(mrr for (other, _), (mrr, _) in chosen.items() if other == w) for w, _ in chosen},
+        lift=config.lift,
+        held_out_mrr=chosen,
         features=len(features),
         queries=len(queries),
         parameters=sum(p.numel() for p in teacher.model.parameters()),
@@ -211,11 +214,11 @@ def train(start: Encoder, features: Sequence[Feature], queries: Sequence[Query],
 def choose(
     start: Encoder, features: Sequence[Feature], queries: Sequence[Query], held_out: Sequence[Query], config: Config, run: Run
 ) -> Choices:
-    """On held-out queries for every weight and lift, mean over folds and over queries of features seen and not seen."""
+    """On held-out queries for every weight, mean over folds and over queries of features seen and not seen."""
     assert isinstance(start.model, Bert)
     if not queries:
         raise UserError("without example queries no weight can be chosen; give --queries, or --interpolation, 0.5 for example")
-    found: dict[tuple[float, float], list[list[float]]] = {(w, lift): [] for w in WEIGHTS for lift in LIFTS}
+    found: dict[float, list[float]] = {w: [] for w in WEIGHTS}
     for fold in range(config.folds):
         kept, parts = split(features, queries, held_out, fold, config.seed)
         end = train(start, features, kept, config, run, 1.0)
@@ -223,19 +226,16 @@ def choose(
             encoder = between(start, end, weight)
             texts = vectors(encoder, features)
             asked = {name: encoder.encode([q.query for q in part]) for name, part in parts.items()}
-            for lift in LIFTS:
-                bank = with_examples(texts, encoder, features, kept, lift)
-                ranked = {name: by_kind(relevance(u, bank).cpu().numpy(), parts[name], features)["all"] for name, u in asked.items()}
-                run.log(fold=fold, weight=weight, lift=lift, **{f"{name} {k}": v for name, part in ranked.items() for k, v in part.items()})
-                found[weight, lift] += [[part["mrr@10"], part["hit@10"]] for part in ranked.values()]
-    means = {pair: np.mean(values, 0) for pair, values in found.items()}
-    return {pair: (float(mrr), float(hit)) for pair, (mrr, hit) in means.items()}
+            bank = with_examples(texts, encoder, features, kept, config.lift)
+            ranked = {name: by_kind(relevance(u, bank).cpu().numpy(), parts[name], features)["all"] for name, u in asked.items()}
+            run.log(fold=fold, weight=weight, **{f"{name} {k}": v for name, part in ranked.items() for k, v in part.items()})
+            found[weight] += [part["mrr@10"] for part in ranked.values()]
+    return {weight: float(np.mean(values)) for weight, values in found.items()}
 
 
-def pick(choices: Choices) -> tuple[float, float]:
-    """The weight of the highest MRR@10 at any lift, and the lift of its highest hit@10; of equal ones the least."""
-    weight, _ = max(choices, key=lambda pair: (choices[pair][0], -pair[0]))
-    return max((pair for pair in choices if pair[0] == weight), key=lambda pair: (choices[pair][1], -pair[1]))
+def pick(choices: Choices) -> float:
+    """The weight of the highest MRR@10; of equal ones the least."""
+    return max(choices, key=lambda weight: (choices[weight], -weight))
 
 
 def between(start: Encoder, end: Encoder, weight: float) -> Encoder:
