@@ -84,13 +84,13 @@ class Lexicon:
         ends = self.first[found + 1]
         counts = ends - self.first[found]
         weights = idf(counts, self.features)
-        whole = float(weights.sum()) + (len(wanted) - len(found)) * float(idf(np.zeros(1, np.uint32), self.features)[0])
+        whole = float(weights.sum()) + (len(wanted) - len(found)) * float(idf(0, self.features))
         hits = np.concatenate([NOBODY, *(self.members[i:j] for i, j in zip(self.first[found].tolist(), ends.tolist(), strict=True))])
         summed = np.bincount(hits, np.repeat(weights, counts), self.features)
         return (summed / whole).astype(np.float32)
 
 
-def idf(counts: Integer[np.ndarray, "n"], features: int) -> Float[np.ndarray, "n"]:
+def idf(counts: Integer[np.ndarray, "n"] | int, features: int) -> Float[np.ndarray, "n"] | np.float64:
     """Information of a trigram that so many of the features have."""
     return np.log1p((features - counts + 0.5) / (counts + 0.5))
 

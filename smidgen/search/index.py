@@ -32,7 +32,7 @@ import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 
 import numpy as np
@@ -134,7 +134,15 @@ class Index:
             for u in units[1:]:
                 np.maximum(found, floats[: len(block)] @ u, out=found)
         dots *= self.scales
-        return dots if len(dots) == len(self) else np.maximum.reduceat(dots, self.starts[:-1])
+        if not self._views:
+            return np.maximum.reduceat(dots, self.starts[:-1])
+        return reduce(np.maximum, (dots[view :: self._views] for view in range(self._views)))
+
+    @cached_property
+    def _views(self) -> int:
+        """Of every feature; 0 if they have not as many."""
+        counts = np.diff(self.starts)
+        return int(counts[0]) if (counts == counts[0]).all() else 0
 
     @cached_property
     def _floats(self) -> Float32[np.ndarray, "vectors width"] | None:

@@ -127,9 +127,13 @@ def distance(a: str, b: str, most: int) -> int:
     for i, x in enumerate(a, start=1):
         older, before, row = before, row, [i]
         for j, y in enumerate(b, start=1):
-            cost = min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (x != y))
-            if i > 1 and j > 1 and x == b[j - 2] and a[i - 2] == y:
-                cost = min(cost, older[j - 2] + 1)
+            cost = before[j - 1] + (x != y)
+            if before[j] < cost:
+                cost = before[j] + 1
+            if row[j - 1] < cost:
+                cost = row[j - 1] + 1
+            if i > 1 and j > 1 and x == b[j - 2] and a[i - 2] == y and older[j - 2] < cost:
+                cost = older[j - 2] + 1
             row.append(cost)
         if min(row) > most:
             return most + 1
