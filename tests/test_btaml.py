@@ -429,11 +429,12 @@ def test_sizes_are_those_of_the_notes():
     assert isinstance(BTAML(IMAGE, BTAMLConfig(direct_omega=True)).encoder.heads["omega"], nn.Linear)
 
 
-def test_initial_posterior_is_near_zero_with_sigma_069():
+@pytest.mark.parametrize("spread", [math.log(2), 0.1])
+def test_initial_posterior_is_near_zero_with_the_spread_asked_for(spread):
     torch.manual_seed(0)
-    method, episode = BTAML(IMAGE).double(), task([2, 3, 1])
+    method, episode = BTAML(IMAGE, BTAMLConfig(spread=spread)).double(), task([2, 3, 1])
     for mu, sigma in method.encoder(episode).values():
-        assert mu.abs().max() < 0.02 and (sigma - math.log(2)).abs().max() < 0.02
+        assert mu.abs().max() < 0.02 and (sigma - spread).abs().max() < 0.02
 
 
 def test_order_within_classes_is_not_read_and_order_of_classes_permutes_omega(encoder):
@@ -633,6 +634,7 @@ def test_learns_to_learn(make, steps, loss, tmp_path):
         (lambda: Inner(steps=0), "--steps of the inner loop must be positive"),
         (lambda: MAMLConfig(rate=0.0), "--rate of MAML"),
         (lambda: BTAMLConfig(samples=-1), "--samples of Bayesian TAML"),
+        (lambda: BTAMLConfig(spread=0.0), "--spread of Bayesian TAML"),
         (lambda: MAML((3, 32, 32)).predict(task([1, 1])), "made for images of"),
     ],
 )

@@ -21,6 +21,7 @@ Train it as Meta-SGD (maml.py). Use it where the number of shots varies, or new 
 shots omega and gamma have little to tell apart.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -34,6 +35,7 @@ from smidgen.fewshot.methods.inner import BLOCKS, Classifier, Inner, Layers, Rat
 
 FEATURES = 64  # of an image, in the encoder
 INITIAL = 0.02  # standard deviation of the encoder's initial weights
+LOG2 = 0.6931471805599453  # softplus(0)
 
 Normal = tuple[Tensor, Tensor]
 "Mean and standard deviation of independent normals, (tasks, *entries)."
@@ -55,6 +57,8 @@ class BTAMLConfig:
     "omega from the class's statistics by one dense layer, without a hidden one: the authors' run over several data sets."
     rate: float = 0.01
     "Initial alpha."
+    spread: float = LOG2
+    "Initial standard deviation of phi. Less is ours: training begins near Meta-SGD, and the KL widens what may be wide."
     samples: int = 10
     "Of phi at test; 0 uses its mean, which costs a tenth and is less accurate, mostly on unlike tasks."
     seed: int = 0
@@ -62,6 +66,8 @@ class BTAMLConfig:
     inner: Inner = field(default_factory=Inner)
 
     def __post_init__(self) -> None:
+        if self.spread <= 0:
+            raise UserError(f"--spread of Bayesian TAML must be positive, got {self.spread}")
         if self.samples < 0:
             raise UserError(f"--samples of Bayesian TAML must not be negative, got {self.samples}")
 
@@ -177,6 +183,9 @@ class Encoder(nn.Module):
                 nn.init.normal_(layer.weight, std=INITIAL)
             if isinstance(layer, nn.Conv2d | nn.Linear) and layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+        for head in self.heads.values():
+            *_, bias = head.parameters()  # of the last layer; its second half is s
+            nn.init.constant_(bias[len(bias) // 2 :], math.log(math.expm1(config.spread)))  # the inverse of softplus
 
     def forward(self, episode: Episode) -> dict[str, Normal]:
         """q(phi | support): omega (tasks, ways), gamma (tasks, layers), z (tasks, 2, blocks, filters); those switched on."""
