@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 from smidgen.errors import UserError
 from smidgen.fewshot.episodes import Episode, Sampler, accuracy
@@ -235,6 +236,20 @@ def test_the_sizes_of_cuda_graphs_change_nothing(make):
         assert (a is None and b is None) or torch.allclose(a, b, rtol=1e-9, atol=1e-12)
     cut = replace(roomy, room=(7, 4))
     assert not abs(method(cut).item() - method(tasks).item()) < 1e-6  # too little room would be seen here
+
+
+@METHODS
+def test_with_room_no_shape_depends_on_data(make):
+    """What a CUDA graph cannot have is found without a GPU: tensors without values, of which nothing can be asked."""
+    method = make().train()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        none, labels = torch.zeros(4, 100, dtype=torch.long), torch.zeros(4, 10, dtype=torch.long)
+        episode = Episode(torch.zeros(4, 100, *IMAGE), none, torch.zeros(4, 10, *IMAGE), labels, 2, room=(21, 8))
+        parameters = list(method.parameters())
+        gradient = torch.autograd.grad(method.loss(episode), parameters)
+        assert [g.shape for g in gradient] == [p.shape for p in parameters]
+        with pytest.raises(DynamicOutputShapeException):
+            method.loss(replace(episode, room=None))
 
 
 def test_any_batch_has_one_of_few_sizes():
