@@ -180,6 +180,10 @@ def test_refusals(quick, trained, tmp_path):
         trained(replace(quick, schedule="method", decay=0.3))
     with pytest.raises(UserError, match="--hold-out divides the classes itself"):
         trained(replace(quick, hold_out=0.2, train_split="all"))
+    with pytest.raises(UserError, match="--graph needs one CUDA device"):
+        trained(replace(quick, graph=True, device="cpu"))
+    with pytest.raises(UserError, match="--graph: not for mxml"):
+        trained(replace(quick, graph=True, method="mxml"))
 
 
 # --- several data sets, and mixtures -----------------------------------------------------------------------------------

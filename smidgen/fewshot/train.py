@@ -12,6 +12,7 @@ classes, then the network that weighs them, from tasks of the other fifth, which
 `--members` takes trained ones and goes straight to the second stage.
 """
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
@@ -111,6 +112,8 @@ class Config(FitConfig, Source):
     "Leave files out that cannot be read, instead of stopping."
     examples: int = 3
     "Validation tasks kept for the report, with their images."
+    graph: bool = False
+    "Launch an update as CUDA graphs instead of a thousand kernels: pays where launching is the limit, as with inner loops."
     output: Path | None = None
     "Folder of the run; by default a new one under runs/fewshot/train."
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -129,6 +132,8 @@ class Config(FitConfig, Source):
                 raise UserError(f"--{name}: only for --method mxml, not for {self.method}")
         if self.method == "mxml" and not self.members and self.resume is not None:
             raise UserError("--resume: the first stage of mxml cannot be gone on with; train members as runs of their own, with --members")
+        if self.graph and self.method == "mxml":
+            raise UserError("--graph: not for mxml, whose members are trained in a stage of their own")
         if self.schedule == "method" and (self.decay, self.decay_every) != (FitConfig.decay, FitConfig.decay_every):
             raise UserError("--decay and --decay-every are of --schedule steps, not of method, which is the paper's")
         if self.hold_out is not None and (self.validation_data or (self.train_split, self.validation_split) != ("train", "val")):
@@ -162,14 +167,15 @@ def main(config: Config, run: Run) -> dict[str, Any]:
     """Load, make, train, keep the best, save."""
     config.check()
     device = own_device(pick_device(config.device))
+    if config.graph and (device.type != "cuda" or config.accumulation > 1 or os.environ.get("WORLD_SIZE", "1") != "1"):
+        raise UserError("--graph needs one CUDA device, and no --accumulation; leave it out")
     sets, held = ([images.to(device) for images in part] for part in read(config, run))
     validation = validating(config, held)
     torch.manual_seed(config.seed)
     started = time.monotonic()
     method, description, tasks = made(config, sets, held, run, device)
-    result = train(
-        method, tasks, config.weighing() if config.method == "mxml" else config.training(), run, validation, config.validation_episodes
-    )
+    fitting = config.weighing() if config.method == "mxml" else config.training()
+    result = train(method, tasks, fitting, run, validation, config.validation_episodes, graphs=config.graph)
     seconds = time.monotonic() - started
 
     first, kept = result.evaluation(0), result.evaluation(result.kept)
