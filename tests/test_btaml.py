@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 
 from smidgen.errors import UserError
 from smidgen.fewshot.episodes import Episode, Sampler, accuracy
-from smidgen.fewshot.graphs import Graphs, sized
+from smidgen.fewshot.graphs import Graphs, Training, sized
 from smidgen.fewshot.measure import norm_mode
 from smidgen.fewshot.methods import Shows, btaml
 from smidgen.fewshot.methods.btaml import BTAML, BTAMLConfig, divergence, modulated, sample
@@ -250,6 +250,32 @@ def test_with_room_no_shape_depends_on_data(make):
         assert [g.shape for g in gradient] == [p.shape for p in parameters]
         with pytest.raises(DynamicOutputShapeException):
             method.loss(replace(episode, room=None))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@METHODS
+def test_cuda_graphs_have_the_same_loss_and_gradient(make):
+    """Of batches of several sizes in turn, so that graphs share their memory; noise is drawn alike."""
+    torch.manual_seed(0)
+    pixels = torch.randint(0, 256, (20 * 70, 16, 16, 1)).byte()
+    images = Images("noise", pixels, torch.arange(20).repeat_interleave(70), tuple(map(str, range(20)))).to("cuda")
+    tasks, training = Sampler(images, 5, "any", 15, tasks=2), Training(make().cuda().train())
+    losses: dict[bool, list[float]] = {False: [], True: []}
+    gradients: dict[bool, list[torch.Tensor]] = {False: [], True: []}
+    for graphs in (False, True):
+        if graphs:
+            training.capture(tasks)
+        for i in (*range(6), *range(6)):
+            torch.manual_seed(i)
+            training.zero_grad()
+            loss = training(tasks(i))
+            loss.backward()
+            losses[graphs].append(loss.item())
+            gradients[graphs].append(torch.cat([p.grad.flatten().clone() for p in training.parameters()]))
+    assert training.graphs is not None and len(training.graphs.made) > 2
+    assert losses[True] == pytest.approx(losses[False], rel=1e-3)
+    for plain, graphed in zip(gradients[False], gradients[True], strict=True):
+        assert (plain - graphed).norm() < 0.01 * plain.norm()
 
 
 def test_any_batch_has_one_of_few_sizes():
