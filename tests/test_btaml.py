@@ -229,12 +229,12 @@ def test_the_sizes_of_cuda_graphs_change_nothing(make):
     tensors = list(method.parameters())
     roomy = sized(tasks, (100, 20), method.classifier)
     assert roomy.support_y.shape == (3, 100) and roomy.query_y.shape == (3, 20)
-    assert roomy.room == (10, 4) and Parts.least((tasks.support_y >= 0).double()) == 8  # 3 + 4 + 1; in steps of 39 / 8 and 9 / 8
+    assert roomy.room == (10, 9) and Parts.least((tasks.support_y >= 0).double()) == 8  # 3 + 4 + 1; in steps of 39 / 8
     before, after = (torch.autograd.grad(method(episode), tensors, allow_unused=True) for episode in (tasks, roomy))
     assert method(roomy).item() == pytest.approx(method(tasks).item(), abs=1e-12)
     for a, b in zip(before, after, strict=True):
         assert (a is None and b is None) or torch.allclose(a, b, rtol=1e-9, atol=1e-12)
-    cut = replace(roomy, room=(7, 4))
+    cut = replace(roomy, room=(7, 9))
     assert not abs(method(cut).item() - method(tasks).item()) < 1e-6  # too little room would be seen here
 
 
@@ -290,6 +290,9 @@ def test_cuda_graphs_are_refused_where_sizes_differ():
     images = Images("noise", torch.zeros(20 * 70, 16, 16, 1).byte(), torch.arange(20).repeat_interleave(70), tuple(map(str, range(20))))
     with pytest.raises(UserError, match="tasks of one size"):
         Graphs(make("protonet", IMAGE, 5, {}), Sampler(images, 5, "any", 15))
+    even, odd = Sampler(images, 5, 1, 15), padded(task([1] * 5), 1, 0)
+    with pytest.raises(UserError, match="tasks without padding"):
+        Graphs(make("protonet", IMAGE, 5, {}), even)(odd)
     with pytest.raises(UserError, match="faithful_padding"):
         Graphs(MAML(IMAGE, MAMLConfig(inner=Inner(faithful_padding=True))), Sampler(images, 5, "any", 15))
 

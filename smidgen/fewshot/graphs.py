@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from smidgen.errors import UserError
 from smidgen.fewshot.episodes import Episode, Tasks
-from smidgen.fewshot.methods.inner import Classifier, Parts
+from smidgen.fewshot.methods.inner import PART, Classifier, Parts
 
 SIZES = 8  # of a batch of tasks of any size, each with a graph of its own
 
@@ -37,9 +37,9 @@ class Training(nn.Module):
 class Graphs:
     """The loss of a method and its gradient as CUDA graphs.
 
-    A small network starts a thousand kernels per update, an inner loop ten thousand, which takes longer than they run; two graphs start
+    A small network starts a thousand kernels per update, an inner loop five thousand, which takes longer than they run; two graphs start
     them all. A graph has one size. Tasks of the same number of shots, without padding, have one. Inner loops, whose tasks may have any,
-    are given a few: supports padded to the most there can be, which only the encoder computes, and room for 1/8, 2/8, .. of the parts. A
+    are given a few: supports padded to the most there can be, which only the encoder computes, and room for 1/8, 2/8, .. of their parts. A
     graph is made when its size first comes.
     """
 
@@ -59,6 +59,8 @@ class Graphs:
         """The loss, whose gradient is a graph as well."""
         if self.classifier is not None:
             episode = sized(episode, self.width, self.classifier)
+        elif not episode.full:  # which a graph could not see
+            raise UserError("CUDA graphs of this method need tasks without padding; a class has too few images for its queries")
         tensors = episode.support_x, episode.support_y, episode.query_x, episode.query_y
         size = (*(x.shape for x in tensors), episode.room)
         if size not in self.made:
@@ -71,16 +73,14 @@ class Graphs:
 
 def sized(episode: Episode, width: tuple[int, int], classifier: Classifier) -> Episode:
     """The same tasks in one of few sizes, `width` for supports and queries; what is added is padding."""
-    support, query = (
+    (support_x, support_y), (query_x, query_y) = (
         (F.pad(x, (*[0, 0] * (x.ndim - 2), 0, wide - x.shape[1])), F.pad(y, (0, wide - y.shape[1]), value=-1))
         for (x, y), wide in zip(((episode.support_x, episode.support_y), (episode.query_x, episode.query_y)), width, strict=True)
     )
-    rooms = []
-    for _, y in (support, query):
-        most = Parts.least(torch.ones_like(y, dtype=torch.float32))
-        step = -(-most // SIZES)
-        rooms.append(min(most, -(-Parts.least(classifier.counted(y)) // step) * step))
-    return replace(episode, support_x=support[0], support_y=support[1], query_x=query[0], query_y=query[1], room=(rooms[0], rooms[1]))
+    shown, asked = (len(support_y) * -(-wide // PART) for wide in width)
+    step = -(-shown // SIZES)
+    room = min(shown, -(-Parts.least(classifier.counted(support_y)) // step) * step)
+    return replace(episode, support_x=support_x, support_y=support_y, query_x=query_x, query_y=query_y, room=(room, asked))
 
 
 class _Plain(nn.Module):

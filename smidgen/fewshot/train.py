@@ -167,8 +167,8 @@ def main(config: Config, run: Run) -> dict[str, Any]:
     """Load, make, train, keep the best, save."""
     config.check()
     device = own_device(pick_device(config.device))
-    if config.graph and (device.type != "cuda" or config.accumulation > 1 or os.environ.get("WORLD_SIZE", "1") != "1"):
-        raise UserError("--graph needs one CUDA device, and no --accumulation; leave it out")
+    if config.graph:
+        check_graphs(device, config)
     sets, held = ([images.to(device) for images in part] for part in read(config, run))
     validation = validating(config, held)
     torch.manual_seed(config.seed)
@@ -300,6 +300,12 @@ def figures(result: Result) -> dict[str, float]:
     return {"held_out": 1 - result.accuracy, "accuracy": result.accuracy, "accuracy_interval": result.interval}
 
 
+def check_graphs(device: torch.device, config: FitConfig) -> None:
+    """Of several batches per update, the second's gradient would overwrite the first's."""
+    if device.type != "cuda" or config.accumulation > 1 or os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("--graph needs one CUDA device, and no --accumulation; leave it out")
+
+
 def train(
     method: nn.Module,
     tasks: Tasks,
@@ -324,7 +330,6 @@ def train(
         groups = [{"params": method.network.parameters()}]  # members are frozen
     training = Training(method.train())
     if graphs:
-        if tasks.device.type != "cuda" or config.accumulation > 1:  # a second backward pass would overwrite the gradient of the first
-            raise UserError("CUDA graphs need a CUDA device, and one batch of tasks per update")
+        check_graphs(tasks.device, config)
         training.capture(tasks)
     return fit(training, lambda model, episode: model(episode), tasks, config, run, groups=groups, evaluate=measure)

@@ -35,7 +35,7 @@ from smidgen.fewshot.methods.inner import BLOCKS, Classifier, Inner, Layers, Rat
 
 FEATURES = 64  # of an image, in the encoder
 INITIAL = 0.02  # standard deviation of the encoder's initial weights
-LOG2 = 0.6931471805599453  # softplus(0)
+LOG2 = math.log(2)  # softplus(0)
 
 Normal = tuple[Tensor, Tensor]
 "Mean and standard deviation of independent normals, (tasks, *entries)."
