@@ -457,6 +457,7 @@ def method(tmp_path_factory) -> Path:
     """A ProtoNet over Conv-4, as `smidgen fewshot train` leaves it."""
     folder = tmp_path_factory.mktemp("method")
     (folder / TRAINED).mkdir()
+    torch.manual_seed(0)
     trained = make("protonet", (1, 28, 28), 5, {"width": 8})
     with_norms(trained)
     save_method(folder / TRAINED, trained, Description("protonet", (1, 28, 28), 5, 1, {"width": 8}, "glyphs"))
@@ -480,7 +481,8 @@ def test_a_few_shot_model(method, tmp_path):
     call["support_labels"] = call["support_labels"][:, :4]
     with torch.no_grad():
         expected = other.module(**call).numpy()
-    assert (run(tmp_path, **call).argmax(-1) == expected.argmax(-1)).mean() > 0.85
+    got = run(tmp_path, **call)
+    assert (got.argmax(-1) == expected.argmax(-1)).mean() > 0.85 and np.corrcoef(got.ravel(), expected.ravel())[0, 1] > 0.99
 
 
 @pytest.mark.slow
