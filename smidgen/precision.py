@@ -1,5 +1,8 @@
 """Where to compute, and the type that device multiplies fastest without losing what matters."""
 
+from functools import cache
+from importlib.util import find_spec
+
 import torch
 
 from smidgen.errors import UserError
@@ -18,3 +21,9 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA device here; use --device cpu")
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+@cache
+def has_triton() -> bool:
+    """Torch for CUDA brings it on Linux."""
+    return find_spec("triton") is not None

@@ -17,7 +17,7 @@ from smidgen.fewshot.graphs import Graphs, Training, sized
 from smidgen.fewshot.measure import norm_mode
 from smidgen.fewshot.methods import Shows, btaml
 from smidgen.fewshot.methods.btaml import BTAML, BTAMLConfig, divergence, modulated, sample
-from smidgen.fewshot.methods.columns import Columns
+from smidgen.fewshot.methods.convolution import Matched, by_kernels, convolved, halved
 from smidgen.fewshot.methods.inner import (
     BLOCKS,
     EPSILON,
@@ -46,6 +46,7 @@ FACTORIES = [
 ]
 NAMES = ["maml", "meta-sgd", "btaml"]
 METHODS = pytest.mark.parametrize("make", FACTORIES, ids=NAMES)
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def task(shots: list[int], seed: int = 0, queries: int = 2) -> Episode:
@@ -204,12 +205,14 @@ def test_first_order_gradient_is_not(monkeypatch):
     assert max(deviation(method, lambda: method(episode)).values()) > 0.05
 
 
-def test_columns_are_windows_and_their_gradients_add_up_twice():
-    x = torch.rand(2, 3, 2, 4, 5, dtype=torch.float64, requires_grad=True)
-    windows = F.unfold(x.transpose(1, 2).flatten(0, 1), 3, padding=1).unflatten(0, (2, 2)).transpose(1, 2).flatten(2)
-    assert torch.equal(Columns.apply(x), windows)
-    assert torch.autograd.gradcheck(Columns.apply, x)
-    assert torch.autograd.gradgradcheck(Columns.apply, x)
+def test_a_part_s_convolution_is_torch_s_and_so_are_its_gradients():
+    x, weight = torch.rand(2, 3, 2, 4, 5, dtype=torch.float64), torch.rand(2, 6, 3, 3, 3, dtype=torch.float64)
+    plain = torch.stack([F.conv2d(images.transpose(0, 1), w, padding=1).transpose(0, 1) for images, w in zip(x, weight, strict=True)])
+    torch.testing.assert_close(convolved(x, weight), plain, rtol=1e-12, atol=1e-12)
+    x, y, weight = x[:1, :2, :1].requires_grad_(), plain[:1, :3, :1].requires_grad_(), weight[:1, :3, :2].requires_grad_()
+    for of in (lambda: (convolved, (x, weight)), lambda: (Matched.apply, (y, x))):
+        operation, given = of()
+        assert torch.autograd.gradcheck(operation, given) and torch.autograd.gradgradcheck(operation, given)
 
 
 def test_first_moments_follow_from_those_of_the_windows():
@@ -217,7 +220,8 @@ def test_first_moments_follow_from_those_of_the_windows():
     tasks = batch(task([3, 4]), task([9, 8], seed=1))
     parts = Parts.of(tasks.support_x, (tasks.support_y >= 0).double())
     weight = torch.randn(2, 5, 1, 3, 3, dtype=torch.float64)
-    maps = parts.windows.maps(parts.each(weight).flatten(2) @ parts.windows.columns)
+    maps = parts.first(weight)
+    torch.testing.assert_close(maps, convolved(parts.maps, parts.each(weight)), rtol=1e-12, atol=1e-12)
     for ours, theirs in zip(parts.windows.moments(weight), moments(maps, parts), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
@@ -252,7 +256,30 @@ def test_with_room_no_shape_depends_on_data(make):
             method.loss(replace(episode, room=None))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@cuda
+@pytest.mark.parametrize("shape", [(3, 3, 8, 32, 32), (5, 32, 8, 16, 16), (2, 20, 3, 7, 5), (1, 64, 8, 4, 4)])
+def test_kernels_are_what_they_stand_for(shape):
+    """Convolution against float64, which kernels do not compute, and pooling against torch's, with first and second derivatives."""
+
+    def derived(operation, way: torch.Tensor, *given: torch.Tensor) -> list[torch.Tensor]:
+        y = operation(*given)
+        first = torch.autograd.grad((y.square() * way).sum(), given, create_graph=True)
+        return [y, *first, *torch.autograd.grad(sum(g.square().sum() for g in first), given)]
+
+    torch.manual_seed(0)
+    parts, channels, part, height, width = shape
+    x, weight, way = torch.randn(shape), torch.randn(parts, 40, channels, 3, 3) / 9, torch.randn(parts, 40, part, height, width)
+    fast, exact = ([t.cuda().to(kind).requires_grad_() for t in (x, weight)] for kind in (torch.float32, torch.float64))
+    assert by_kernels(fast[0]) and not by_kernels(exact[0])
+    for ours, theirs in zip(derived(convolved, way.cuda(), *fast), derived(convolved, way.cuda(), *exact), strict=True):
+        assert (ours - theirs).norm() < 1e-5 * theirs.norm()
+    way = torch.randn(parts, channels, part, height // 2, width // 2).cuda()
+    plain = derived(lambda x: F.max_pool2d(x.flatten(0, 1), 2).unflatten(0, x.shape[:2]), way, fast[0])
+    for ours, theirs in zip(derived(halved, way, fast[0]), plain, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@cuda
 @METHODS
 def test_cuda_graphs_have_the_same_loss_and_gradient(make):
     """Of batches of several sizes in turn, so that graphs share their memory; noise is drawn alike."""
@@ -581,7 +608,9 @@ def test_without_reparameterisation_the_encoder_hears_of_the_divergence_alone(mo
     assert all(torch.allclose(encoder[n], g, atol=1e-12) for n, g in zip(encoder, grads, strict=True))
 
 
-def test_prediction_averages_softmax_outputs_of_samples():
+@pytest.mark.parametrize("together", [1, 2, 10])
+def test_prediction_averages_softmax_outputs_of_samples(together, monkeypatch):
+    monkeypatch.setitem(btaml.TOGETHER, "cpu", together)
     method, episode = made(lambda: BTAML(IMAGE, BTAMLConfig(rate=0.3, samples=3, seed=4, inner=SMALL))), task([2, 1, 3])
     q, random = method.encoder(episode), torch.Generator().manual_seed(4)
     outputs = []

@@ -33,8 +33,6 @@ before the first of them.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -42,6 +40,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import one_hot, pad
 
+from smidgen.precision import has_triton
 from smidgen.symbolic.networks import GRU
 from smidgen.symbolic.tasks import NLP, NOOP, TLU
 
@@ -148,12 +147,6 @@ def walk(a: Tensor, c: Tensor, v: Tensor) -> Tensor:
 
         return walk_triton(a, c, v)
     return walk_steps(a, c, v)
-
-
-@cache
-def has_triton() -> bool:
-    """Torch for CUDA brings it on Linux."""
-    return find_spec("triton") is not None
 
 
 def walk_steps(a: Tensor, c: Tensor, v: Tensor) -> Tensor:

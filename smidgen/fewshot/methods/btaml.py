@@ -22,7 +22,7 @@ shots omega and gamma have little to tell apart.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,7 @@ from smidgen.fewshot.methods.inner import BLOCKS, Classifier, Inner, Layers, Rat
 FEATURES = 64  # of an image, in the encoder
 INITIAL = 0.02  # standard deviation of the encoder's initial weights
 LOG2 = math.log(2)  # softplus(0)
+TOGETHER = {"cuda": 10}  # samples of phi that a prediction computes at once: as many kernels as one, on a device with room; else one
 
 Normal = tuple[Tensor, Tensor]
 "Mean and standard deviation of independent normals, (tasks, *entries)."
@@ -136,11 +137,22 @@ class BTAML(nn.Module):
         if samples == 0 or not q or not self.config.bayesian:
             return self.validate(episode)
         random = torch.Generator().manual_seed(self.config.seed)
+        noise = [{name: torch.randn(mu.shape[1:], generator=random).to(mu) for name, (mu, _) in q.items()} for _ in range(samples)]
+        together = TOGETHER.get(episode.query_x.device.type, 1)
         total = episode.query_x.new_zeros((*episode.query_y.shape, episode.ways))
-        for _ in range(samples):
-            noise = {name: torch.randn(mu.shape[1:], generator=random).to(mu) for name, (mu, _) in q.items()}
-            total += self.answers(episode, sample(q, noise), self.config.inner.test_steps).softmax(-1)
+        for some in (noise[i : i + together] for i in range(0, samples, together)):
+            drawn = [sample(q, each) for each in some]
+            phi = {name: torch.cat([one[name] for one in drawn]) for name in q}
+            answers = self.answers(repeated(episode, len(some)), phi, self.config.inner.test_steps).softmax(-1)
+            total += answers.unflatten(0, (len(some), -1)).sum(0)
         return total / samples
+
+
+def repeated(episode: Episode, times: int) -> Episode:
+    """All tasks, and all of them again."""
+    tensors = episode.support_x, episode.support_y, episode.query_x, episode.query_y
+    support_x, support_y, query_x, query_y = (x.repeat(times, *[1] * (x.ndim - 1)) for x in tensors)
+    return replace(episode, support_x=support_x, support_y=support_y, query_x=query_x, query_y=query_y)
 
 
 class Encoder(nn.Module):

@@ -31,7 +31,7 @@ from torch.func import functional_call
 
 from smidgen.errors import UserError
 from smidgen.fewshot.episodes import Episode
-from smidgen.fewshot.methods.columns import Columns
+from smidgen.fewshot.methods.convolution import by_kernels, columns, convolved, halved
 
 BLOCKS = 4
 SMALLEST = 2**BLOCKS  # pixels a side, of which the last pooling leaves one
@@ -119,8 +119,7 @@ class Classifier(nn.Module):
     def logits(self, theta: Layers, parts: "Parts") -> Float[Tensor, "parts part ways"]:
         """Of every image by its own task's weights."""
         weight, bias = theta[0]
-        maps = parts.each(weight).flatten(2) @ parts.windows.columns
-        x = F.relu(pooled(parts.windows.maps(maps), parts.windows.moments(weight), bias, self.shift[0], parts))
+        x = F.relu(pooled(parts.first(weight), parts.windows.moments(weight), bias, self.shift[0], parts))
         for (weight, bias), shift in zip(theta[1:BLOCKS], self.shift[1:], strict=True):
             maps = convolved(x, parts.each(weight))
             x = F.relu(pooled(maps, moments(maps, parts), bias, shift, parts))
@@ -185,13 +184,25 @@ class Parts:
     @cached_property
     def windows(self) -> "Windows":
         """What the first convolution sees."""
-        columns = Columns.apply(self.x.transpose(1, 2))
-        shape = self.x.shape[1], *self.x.shape[3:]
-        weight = self.counted.repeat_interleave(shape[1] * shape[2], 1)[..., None]
+        cut = columns(self.maps)
+        height, width = self.x.shape[3:]
+        weight = self.counted.repeat_interleave(height * width, 1)[..., None]
         places = self.total(weight.sum((1, 2)))
-        mean = self.total((columns @ weight).squeeze(2)) / places[:, None]
-        centred = columns - self.each(mean)[..., None]
-        return Windows(columns, shape, mean, self.total((centred * weight.mT) @ centred.mT) / places[:, None, None])
+        mean = self.total((cut @ weight).squeeze(2)) / places[:, None]
+        centred = cut - self.each(mean)[..., None]
+        return Windows(cut, mean, self.total((centred * weight.mT) @ centred.mT) / places[:, None, None])
+
+    @cached_property
+    def maps(self) -> Float[Tensor, "parts channels part height width"]:
+        """The images in the layout of maps."""
+        return self.x.transpose(1, 2).contiguous()
+
+    def first(self, weight: Float[Tensor, "tasks filters channels 3 3"]) -> Float[Tensor, "parts filters part height width"]:
+        """The first convolution: of windows that are cut out, but by kernels from the images, which are smaller to read."""
+        weight = self.each(weight)
+        if by_kernels(weight):
+            return convolved(self.maps, weight)
+        return (weight.flatten(2) @ self.windows.columns).unflatten(2, self.maps.shape[2:])
 
     def cut(self, values: Shaped[Tensor, "tasks n"]) -> Shaped[Tensor, "parts part"]:
         """A number per image, cut alike."""
@@ -217,14 +228,8 @@ class Windows:
     """The 3 x 3 windows of images, flat, and their first two moments over all places of a task's counted images."""
 
     columns: Float[Tensor, "parts entries places"]
-    shape: tuple[int, ...]
-    "Places: images of a part, height, width."
     mean: Float[Tensor, "tasks entries"]
     covariance: Float[Tensor, "tasks entries entries"]
-
-    def maps(self, x: Float[Tensor, "parts filters places"]) -> Float[Tensor, "parts filters part height width"]:
-        """Places as they lie."""
-        return x.unflatten(2, self.shape)
 
     def moments(self, weight: Float[Tensor, "tasks filters channels 3 3"]) -> tuple[Tensor, Tensor]:
         """Mean and variance of the convolution by `weight`, each (tasks, filters)."""
@@ -239,13 +244,6 @@ def _eights(x: Shaped[Tensor, "tasks n *rest"]) -> Shaped[Tensor, "tasks most pa
 
 def _taken(x: Shaped[Tensor, "tasks n *rest"], index: Int[Tensor, "parts"]) -> Shaped[Tensor, "parts part *rest"]:
     return _eights(x).flatten(0, 1).index_select(0, index)
-
-
-def convolved(
-    x: Float[Tensor, "parts channels part height width"], weight: Float[Tensor, "parts filters channels 3 3"]
-) -> Float[Tensor, "parts filters part height width"]:
-    """3 x 3, zeros around; every part has weights of its own."""
-    return (weight.flatten(2) @ Columns.apply(x)).unflatten(2, x.shape[2:])
 
 
 def moments(x: Float[Tensor, "parts channels part height width"], parts: Parts) -> tuple[Tensor, Tensor]:
@@ -267,8 +265,7 @@ def pooled(
     mean, variance = normal
     scale = (variance + EPSILON).rsqrt()
     shift = shift + (bias - (mean + bias)) * scale  # what follows a bias takes it away again
-    most = F.max_pool2d(x.flatten(0, 1), 2).unflatten(0, x.shape[:2])
-    return torch.addcmul(parts.each(shift)[..., None, None, None], most, parts.each(scale)[..., None, None, None])
+    return torch.addcmul(parts.each(shift)[..., None, None, None], halved(x), parts.each(scale)[..., None, None, None])
 
 
 def cross_entropy(logits: Float[Tensor, "*n ways"], y: Int[Tensor, "*n"]) -> Float[Tensor, "*n"]:
