@@ -2,8 +2,10 @@
 
 import argparse
 import copy
+import os
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -46,9 +48,7 @@ def any_shot_trained(method: str, train_set: Images, validation_set: Images, see
     model = untrained(method, sampler, seed, options.device)
     file = options.keep and options.keep / f"{method}-{seed}.pt"
     if file and file.exists():
-        stored = torch.load(file, map_location=options.device, weights_only=True)
-        model.load_state_dict(stored["state"])
-        return Trained(model.eval(), **stored["made"])
+        return restored(file, model, options.device)
     validation = Sampler(validation_set, 5, "any", options.queries, tasks=AT_ONCE, seed=seed + 1)
     config = FitConfig(steps=steps, learning_rate=1e-3, schedule="cosine", weight_decay=options.weight_decay, seed=seed)
     classifiers = [m for m in model.modules() if isinstance(m, Classifier)]  # of an inner loop
@@ -59,20 +59,38 @@ def any_shot_trained(method: str, train_set: Images, validation_set: Images, see
     for first in before:
         made = replace(made, start=f"protonet {first.steps}", seconds=made.seconds + first.seconds)
     if file:
-        options.keep.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        row = {name: value for name, value in vars(made).items() if name != "model"}
-        torch.save({"state": model.state_dict(), "made": row}, partial)
-        partial.rename(file)
+        store(file, made)
     return made
 
 
+def store(file: Path, made: Trained) -> None:
+    """For other processes."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(f".{os.getpid()}")
+    row = {name: value for name, value in vars(made).items() if name != "model"}
+    torch.save({"state": made.model.state_dict(), "made": row}, partial)
+    partial.rename(file)
+
+
+def restored(file: Path, model: nn.Module, device: torch.device) -> Trained:
+    """As another process left it."""
+    stored = torch.load(file, map_location=device, weights_only=True)
+    model.load_state_dict(stored["state"])
+    return Trained(model.eval(), **stored["made"])
+
+
 def started(classifier: Classifier, sampler: Sampler, validation: Sampler, options: argparse.Namespace) -> Trained:
-    """Trains its convolutions as a ProtoNet's: an update of these costs a small part of one through an inner loop."""
+    """Trains its convolutions as a ProtoNet's, or takes them as another process left them: the same for every method of a seed."""
+    file = options.keep and options.keep / f"start-{options.start_steps}-{sampler.seed}.pt"
+    if file and file.exists():
+        return restored(file, classifier, options.device)
     many = replace(sampler, ways=20, shots=5, queries=10, tasks=1)
     few = replace(validation, shots=5)
     config = FitConfig(steps=options.start_steps, learning_rate=1e-3, schedule="cosine", seed=sampler.seed)
-    return fitted(ProtoNet(Trunk(classifier)), many, few, config, options, options.device.type == "cuda")
+    made = replace(fitted(ProtoNet(Trunk(classifier)), many, few, config, options, options.device.type == "cuda"), model=classifier)
+    if file:
+        store(file, made)
+    return made
 
 
 class Trunk(nn.Module):

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smidgen.fewshot.episodes import Episode, Sampler, Shots
-from smidgen.fewshot.graphs import Training
+from smidgen.fewshot.graphs import Training, replaying
 from smidgen.fewshot.methods.btaml import BTAML, divergence, sample
 from smidgen.fewshot.methods.inner import EPSILON
 from smidgen.fewshot.methods.tpn import TPN
@@ -160,7 +160,8 @@ def compared(name: str, method: nn.Module, side_by_side: Loss, loop: Loss, shots
         raise SystemExit(f"{name}: loss {a} side by side, {b} in a loop")
     method.train()
     fast = by_graphs(method, tasks) if options.device.type == "cuda" else side_by_side
-    fast, slow = (rate(method, f, batches, noises, options.seconds) for f in (fast, loop))
+    with replaying():
+        fast, slow = (rate(method, f, batches, noises, options.seconds) for f in (fast, loop))
     row = {"method": name, "tasks": options.tasks, "loss": round(a, 5), "loop_loss": round(b, 5)}
     row |= {"steps_per_s": round(fast, 3), "loop_steps_per_s": round(slow, 3), "tasks_per_s": round(fast * options.tasks, 2)}
     return row | {"ratio": round(fast / slow, 2)} | rows.provenance()

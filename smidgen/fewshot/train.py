@@ -15,6 +15,7 @@ classes, then the network that weighs them, from tasks of the other fifth, which
 import os
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +30,7 @@ from smidgen.fewshot.augment import Augment
 from smidgen.fewshot.data import Shape, load_images, shape_of
 from smidgen.fewshot.episodes import Sampler, Shots, Tasks
 from smidgen.fewshot.evaluate import examples
-from smidgen.fewshot.graphs import Training
+from smidgen.fewshot.graphs import Training, replaying
 from smidgen.fewshot.measure import Result, evaluated, norm_mode
 from smidgen.fewshot.methods.mxml import MxML
 from smidgen.fewshot.methods.mxml_stages import train_members
@@ -332,4 +333,5 @@ def train(
     if graphs:
         check_graphs(tasks.device, config)
         training.capture(tasks)
-    return fit(training, lambda model, episode: model(episode), tasks, config, run, groups=groups, evaluate=measure)
+    with replaying() if graphs else nullcontext():
+        return fit(training, lambda model, episode: model(episode), tasks, config, run, groups=groups, evaluate=measure)

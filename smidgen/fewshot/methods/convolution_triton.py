@@ -1,7 +1,9 @@
-"""The kernels of convolution.py. float32; products by three of the tensor cores' tf32 each, as exact as float32's own.
+"""The kernels of convolution.py. float32, products by the tensor cores' tf32, as torch's own convolutions by default; where
+`torch.backends.cudnn.allow_tf32` is off by three of them each, as exact as float32's own.
 
-A program computes all channels of some places: nine products of a weight's slice with neighbours read where they lie, the windows overlapping
-in the cache. The gradient by a weight is a program per part and neighbour.
+A program computes all channels of some places: nine products of a slice of the weight with neighbours read where they lie, windows
+overlapping in the cache; a single one with all nine neighbours of the few channels of an image. By the weight it is a program per part, row
+of neighbours and stretch of places, whose sums are added up.
 """
 
 import torch
@@ -10,22 +12,25 @@ import triton.language as tl  # pyright: ignore
 from torch import Tensor
 
 PLACES, MATCHED = 128, 64  # of a program at a time
+STRETCH = 1024  # places of a program that sums over them
 LEAST = 16  # rows of a product of the tensor cores
+FEW = 3  # channels whose neighbours are one product
 OUTPUTS = 1024  # of a program that pools
 
 
 @triton.jit
-def _there(s, tap, places, height, width):
-    """Whether the neighbour of place s is inside its image, and how far off it lies."""
+def _seen(x, s, i, tap, places, ins, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """The neighbours of places s in channels i, zeros outside of their image."""
     down, right = tap // 3 - 1, tap % 3 - 1
-    row, column = (s // width) % height + down, s % width + right
-    return (s < places) & (row >= 0) & (row < height) & (column >= 0) & (column < width), down * width + right
+    row, column = (s // WIDTH) % HEIGHT + down, s % WIDTH + right
+    there = (s < places) & (row >= 0) & (row < HEIGHT) & (column >= 0) & (column < WIDTH)
+    return tl.load(x + i * places + s + down * WIDTH + right, mask=there & (i < ins), other=0.0)
 
 
 @triton.jit
 def _apply(
-    x, weight, y, places, height, width, ins, outs, in_step, out_step,
-    TURNED: tl.constexpr, INS: tl.constexpr, OUTS: tl.constexpr, PLACES: tl.constexpr,
+    x, weight, y, places, ins, outs, in_step, out_step, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    TURNED: tl.constexpr, FLAT: tl.constexpr, INS: tl.constexpr, OUTS: tl.constexpr, PLACES: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """y[o, s] = sum_{i,t} weight[o, i, t] x[i, s + t] of one part; turned: of the last neighbour first."""
     part = tl.program_id(0).to(tl.int64)
@@ -34,30 +39,46 @@ def _apply(
     x += part * ins * places
     weight += part * ins * outs * 9
     total = tl.zeros((OUTS, PLACES), tl.float32)
-    for tap in range(9):
-        inside, off = _there(s, tap, places, height, width)
-        seen = tl.load(x + i * places + s + off, mask=inside & (i < ins), other=0.0)
-        at = 8 - tap if TURNED else tap
-        by = tl.load(weight + o * out_step + across * in_step + at, mask=(o < outs) & (across < ins), other=0.0)
-        total = tl.dot(by, seen, total, input_precision="tf32x3")
+    if FLAT:
+        by = tl.load(weight + o * out_step + across, mask=(o < outs) & (across < ins * 9), other=0.0)
+        total = tl.dot(by, _seen(x, s, i // 9, i % 9, places, ins, HEIGHT, WIDTH), total, input_precision=KIND)
+    else:
+        for tap in range(9):
+            at = 8 - tap if TURNED else tap
+            by = tl.load(weight + o * out_step + across * in_step + at, mask=(o < outs) & (across < ins), other=0.0)
+            total = tl.dot(by, _seen(x, s, i, tap, places, ins, HEIGHT, WIDTH), total, input_precision=KIND)
     tl.store(y + part * outs * places + o * places + s, total, mask=(o < outs) & (s < places))
 
 
 @triton.jit
-def _match(y, x, weight, places, height, width, ins, outs, INS: tl.constexpr, OUTS: tl.constexpr, PLACES: tl.constexpr):
-    """weight[o, i, t] = sum_s y[o, s] x[i, s + t] of one part and neighbour."""
-    part, tap = tl.program_id(0).to(tl.int64), tl.program_id(1)
+def _match(
+    y, x, weight, places, ins, outs, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    FLAT: tl.constexpr, STRETCH: tl.constexpr, INS: tl.constexpr, OUTS: tl.constexpr, PLACES: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    """weight[o, i, t] = sum_s y[o, s] x[i, s + t] of one part, row of neighbours and stretch of places."""
+    part, down, stretch = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     i, across, o = tl.arange(0, INS)[:, None], tl.arange(0, INS)[None, :], tl.arange(0, OUTS)[:, None]
     x += part * ins * places
     y += part * outs * places
-    total = tl.zeros((OUTS, INS), tl.float32)
-    for start in range(0, places, PLACES):
+    left = tl.zeros((OUTS, INS), tl.float32)
+    middle, right = left, left
+    for start in range(stretch * STRETCH, min(places, (stretch + 1) * STRETCH), PLACES):
         s = start + tl.arange(0, PLACES)[None, :]
-        inside, off = _there(s, tap, places, height, width)
-        seen = tl.load(x + i * places + s + off, mask=inside & (i < ins), other=0.0)
         given = tl.load(y + o * places + s, mask=(s < places) & (o < outs), other=0.0)
-        total = tl.dot(given, tl.trans(seen), total, input_precision="tf32x3")
-    tl.store(weight + ((part * outs + o) * ins + across) * 9 + tap, total, mask=(o < outs) & (across < ins))
+        if FLAT:
+            left = tl.dot(given, tl.trans(_seen(x, s, i // 9, i % 9, places, ins, HEIGHT, WIDTH)), left, input_precision=KIND)
+        else:
+            left = tl.dot(given, tl.trans(_seen(x, s, i, 3 * down, places, ins, HEIGHT, WIDTH)), left, input_precision=KIND)
+            middle = tl.dot(given, tl.trans(_seen(x, s, i, 3 * down + 1, places, ins, HEIGHT, WIDTH)), middle, input_precision=KIND)
+            right = tl.dot(given, tl.trans(_seen(x, s, i, 3 * down + 2, places, ins, HEIGHT, WIDTH)), right, input_precision=KIND)
+    weight += (part * tl.num_programs(2) + stretch) * outs * ins * 9 + o * ins * 9
+    if FLAT:
+        tl.store(weight + across, left, mask=(o < outs) & (across < ins * 9))
+    else:
+        real = (o < outs) & (across < ins)
+        tl.store(weight + across * 9 + 3 * down, left, mask=real)
+        tl.store(weight + across * 9 + 3 * down + 1, middle, mask=real)
+        tl.store(weight + across * 9 + 3 * down + 2, right, mask=real)
 
 
 @triton.jit
@@ -108,11 +129,11 @@ def apply(x: Tensor, weight: Tensor, turned: bool) -> Tensor:
     parts, ins, part, height, width = x.shape
     outs, places = weight.shape[2 if turned else 1], part * height * width
     y = x.new_empty(parts, outs, part, height, width)
-    steps = (outs * 9, 9) if turned else (9, ins * 9)
-    grid = (parts, triton.cdiv(places, PLACES))
     if parts:
-        sizes = {"INS": _room(ins), "OUTS": _room(outs), "PLACES": PLACES}
-        _apply[grid](x, weight, y, places, height, width, ins, outs, *steps, TURNED=turned, **sizes)  # pyright: ignore
+        steps = (outs * 9, 9) if turned else (9, ins * 9)
+        sizes = _sizes(ins, outs, flat=ins <= FEW and not turned)
+        sizes |= {"HEIGHT": height, "WIDTH": width, "TURNED": turned, "PLACES": PLACES}
+        _apply[parts, triton.cdiv(places, PLACES)](x, weight, y, places, ins, outs, *steps, **sizes)  # pyright: ignore
     return y
 
 
@@ -120,11 +141,20 @@ def match(y: Tensor, x: Tensor) -> Tensor:
     """y (parts, outs, part, height, width), x (parts, ins, ...) -> (parts, outs, ins, 3, 3)."""
     y, x = y.contiguous(), x.contiguous()
     (parts, ins, part, height, width), outs = x.shape, y.shape[1]
-    weight = x.new_empty(parts, outs, ins, 3, 3)
+    places, sizes = part * height * width, _sizes(ins, outs, flat=ins <= FEW)
+    stretches = triton.cdiv(places, STRETCH)
+    weight = x.new_empty(parts, stretches, outs, ins, 3, 3)
     if parts:
-        sizes = {"INS": _room(ins), "OUTS": _room(outs), "PLACES": MATCHED}
-        _match[parts, 9](y, x, weight, part * height * width, height, width, ins, outs, **sizes)  # pyright: ignore
-    return weight
+        grid = parts, 1 if sizes["FLAT"] else 3, stretches
+        sizes |= {"HEIGHT": height, "WIDTH": width, "STRETCH": STRETCH, "PLACES": MATCHED}
+        _match[grid](y, x, weight, places, ins, outs, **sizes)  # pyright: ignore
+    return weight.sum(1) if stretches > 1 else weight[:, 0]
+
+
+def _sizes(ins: int, outs: int, flat: bool) -> dict[str, int | bool | str]:
+    """How products are cut."""
+    kind = "tf32" if torch.backends.cudnn.allow_tf32 else "tf32x3"
+    return {"FLAT": flat, "INS": _room(ins * 9 if flat else ins), "OUTS": _room(outs), "KIND": kind}
 
 
 def largest(x: Tensor) -> tuple[Tensor, Tensor]:
