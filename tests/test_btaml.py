@@ -17,7 +17,7 @@ from smidgen.fewshot.graphs import Graphs, Training, replaying, sized
 from smidgen.fewshot.measure import norm_mode
 from smidgen.fewshot.methods import Shows, btaml
 from smidgen.fewshot.methods.btaml import BTAML, BTAMLConfig, divergence, modulated, sample
-from smidgen.fewshot.methods.convolution import Matched, by_kernels, convolved, halved
+from smidgen.fewshot.methods.convolution import Matched, Owners, by_kernels, convolved
 from smidgen.fewshot.methods.inner import (
     BLOCKS,
     EPSILON,
@@ -31,6 +31,7 @@ from smidgen.fewshot.methods.inner import (
     query_loss,
 )
 from smidgen.fewshot.methods.maml import MAML, MAMLConfig, MetaSGD, MetaSGDConfig
+from smidgen.fewshot.methods.normal import Affine, Pooled, Sums
 from smidgen.fewshot.models import make
 from smidgen.fit import FitConfig, fit
 from smidgen.images import Images
@@ -206,12 +207,13 @@ def test_first_order_gradient_is_not(monkeypatch):
 
 
 def test_a_part_s_convolution_is_torch_s_and_so_are_its_gradients():
-    x, weight = torch.rand(2, 3, 2, 4, 5, dtype=torch.float64), torch.rand(2, 6, 3, 3, 3, dtype=torch.float64)
-    plain = torch.stack([F.conv2d(images.transpose(0, 1), w, padding=1).transpose(0, 1) for images, w in zip(x, weight, strict=True)])
-    torch.testing.assert_close(convolved(x, weight), plain, rtol=1e-12, atol=1e-12)
-    x, y, weight = x[:1, :2, :1].requires_grad_(), plain[:1, :3, :1].requires_grad_(), weight[:1, :3, :2].requires_grad_()
-    for of in (lambda: (convolved, (x, weight)), lambda: (Matched.apply, (y, x))):
-        operation, given = of()
+    """Three parts, two of them of one task; the weight's gradient adds up over a task's parts."""
+    owners = Owners(torch.tensor([[1.0, 0, 1], [0, 1, 0]], dtype=torch.float64), torch.tensor([0, 1, 0]))
+    x, weight = torch.rand(3, 3, 2, 4, 5, dtype=torch.float64), torch.rand(2, 6, 3, 3, 3, dtype=torch.float64)
+    plain = [F.conv2d(images.transpose(0, 1), weight[t], padding=1).transpose(0, 1) for images, t in zip(x, owners.task, strict=True)]
+    torch.testing.assert_close(convolved(x, weight, owners), torch.stack(plain), rtol=1e-12, atol=1e-12)
+    x, y, weight = (t.detach().requires_grad_() for t in (x[:, :2, :1], torch.stack(plain)[:, :3, :1], weight[:, :3, :2]))
+    for operation, given in ((lambda *pair: convolved(*pair, owners), (x, weight)), (lambda *pair: Matched.apply(*pair, *owners), (y, x))):
         assert torch.autograd.gradcheck(operation, given) and torch.autograd.gradgradcheck(operation, given)
 
 
@@ -221,7 +223,7 @@ def test_first_moments_follow_from_those_of_the_windows():
     parts = Parts.of(tasks.support_x, (tasks.support_y >= 0).double())
     weight = torch.randn(2, 5, 1, 3, 3, dtype=torch.float64)
     maps = parts.first(weight)
-    torch.testing.assert_close(maps, convolved(parts.maps, parts.each(weight)), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(maps, convolved(parts.maps, weight, parts.owners), rtol=1e-12, atol=1e-12)
     for ours, theirs in zip(parts.windows.moments(weight), moments(maps, parts), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
@@ -256,29 +258,70 @@ def test_with_room_no_shape_depends_on_data(make):
             method.loss(replace(episode, room=None))
 
 
+def derived(operation, way: torch.Tensor, *given: torch.Tensor) -> list[torch.Tensor]:
+    """A value, its gradients, and the gradients of these."""
+    y = operation(*given)
+    first = torch.autograd.grad((y.square() * way).sum(), given, create_graph=True)
+    return [y, *first, *torch.autograd.grad(sum(g.square().sum() for g in first), given)]
+
+
 @cuda
 @pytest.mark.parametrize(("tf32", "bound"), [(False, 1e-5), (True, 3e-3)])
-@pytest.mark.parametrize("shape", [(3, 3, 8, 32, 32), (5, 32, 8, 16, 16), (2, 20, 3, 7, 5), (1, 64, 8, 4, 4)])
-def test_kernels_are_what_they_stand_for(shape, tf32, bound, monkeypatch):
-    """Convolution against float64, which kernels do not compute, and pooling against torch's, with first and second derivatives."""
-
-    def derived(operation, way: torch.Tensor, *given: torch.Tensor) -> list[torch.Tensor]:
-        y = operation(*given)
-        first = torch.autograd.grad((y.square() * way).sum(), given, create_graph=True)
-        return [y, *first, *torch.autograd.grad(sum(g.square().sum() for g in first), given)]
-
-    torch.manual_seed(0)
+@pytest.mark.parametrize("shape", [(3, 3, 8, 32, 32), (5, 32, 8, 16, 16), (3, 20, 3, 7, 5), (3, 64, 8, 4, 4)])
+def test_kernels_of_convolution_are_what_they_stand_for(shape, tf32, bound, monkeypatch):
+    """Against float64, which kernels do not compute."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
+    torch.manual_seed(0)
     parts, channels, part, height, width = shape
-    x, weight, way = torch.randn(shape), torch.randn(parts, 40, channels, 3, 3) / 9, torch.randn(parts, 40, part, height, width)
-    fast, exact = ([t.cuda().to(kind).requires_grad_() for t in (x, weight)] for kind in (torch.float32, torch.float64))
-    assert by_kernels(fast[0]) and not by_kernels(exact[0])
-    for ours, theirs in zip(derived(convolved, way.cuda(), *fast), derived(convolved, way.cuda(), *exact), strict=True):
+    task = torch.arange(parts, device="cuda") % 2
+    x, weight, way = torch.randn(shape), torch.randn(2, 40, channels, 3, 3) / 9, torch.randn(parts, 40, part, height, width)
+    found = []
+    for kind in (torch.float32, torch.float64):
+        owners = Owners(F.one_hot(task).T.to(kind), task)
+        given = [t.cuda().to(kind).requires_grad_() for t in (x, weight)]
+        assert by_kernels(given[0]) == (kind == torch.float32)
+        found.append(derived(lambda x, weight, owners=owners: convolved(x, weight, owners), way.cuda(), *given))
+    for ours, theirs in zip(*found, strict=True):
         assert (ours - theirs).norm() < bound * theirs.norm()
+
+
+@cuda
+@pytest.mark.parametrize("shape", [(3, 3, 8, 32, 32), (5, 32, 8, 16, 16), (3, 20, 3, 7, 5), (3, 64, 8, 4, 4)])
+def test_kernels_after_a_convolution_are_what_they_stand_for(shape):
+    """Against torch's own operations, in float32 as well: another largest of four would be another gradient."""
+    torch.manual_seed(0)
+    parts, channels, part, height, width = shape
+    task, counted = torch.arange(parts).cuda() % 2, (torch.rand(parts, part) < 0.7).float().cuda()
+    member = F.one_hot(task).T.float()
+    x, scale, shift = (t.cuda().requires_grad_() for t in (torch.randn(shape), torch.rand(2, channels) + 0.1, torch.randn(2, channels)))
+
+    def plain(x, scale, shift):
+        most = F.max_pool2d(x.flatten(0, 1), 2).unflatten(0, x.shape[:2])
+        return (scale[task][..., None, None, None] * most + shift[task][..., None, None, None]).relu()
+
+    def sums(x):
+        return torch.cat([(power.mean((3, 4)) * counted[:, None]).sum(2) for power in (x, x.square())], 1)
+
+    def normal(mean, variance, shift):
+        scale = (variance + EPSILON).rsqrt()
+        return torch.cat([scale, shift - mean * scale])
+
+    def by_kernel(mean, variance, shift):
+        return torch.cat(Affine.apply(mean, variance, shift, EPSILON))
+
     way = torch.randn(parts, channels, part, height // 2, width // 2).cuda()
-    plain = derived(lambda x: F.max_pool2d(x.flatten(0, 1), 2).unflatten(0, x.shape[:2]), way, fast[0])
-    for ours, theirs in zip(derived(halved, way, fast[0]), plain, strict=True):
-        torch.testing.assert_close(ours, theirs)
+    of_affine = torch.rand(4, channels, device="cuda"), shift, scale, shift + scale
+    of_affine = of_affine[0], *(t.detach().requires_grad_() for t in of_affine[1:])
+    for ours, theirs in zip(derived(by_kernel, *of_affine), derived(normal, *of_affine), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    pairs = zip(
+        derived(lambda *given: Pooled.apply(*given, member, task), way, x, scale, shift)
+        + derived(lambda x: Sums.apply(x, counted), way.new_ones(()), x),
+        derived(plain, way, x, scale, shift) + derived(sums, way.new_ones(()), x),
+        strict=True,
+    )
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 @cuda

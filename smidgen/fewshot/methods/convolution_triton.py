@@ -15,7 +15,6 @@ PLACES, MATCHED = 128, 64  # of a program at a time
 STRETCH = 1024  # places of a program that sums over them
 LEAST = 16  # rows of a product of the tensor cores
 FEW = 3  # channels whose neighbours are one product
-OUTPUTS = 1024  # of a program that pools
 
 
 @triton.jit
@@ -29,15 +28,15 @@ def _seen(x, s, i, tap, places, ins, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _apply(
-    x, weight, y, places, ins, outs, in_step, out_step, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    x, weight, task, y, places, ins, outs, in_step, out_step, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     TURNED: tl.constexpr, FLAT: tl.constexpr, INS: tl.constexpr, OUTS: tl.constexpr, PLACES: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """y[o, s] = sum_{i,t} weight[o, i, t] x[i, s + t] of one part; turned: of the last neighbour first."""
+    """y[o, s] = sum_{i,t} weight[o, i, t] x[i, s + t] of one part by its task's weight; turned: of the last neighbour first."""
     part = tl.program_id(0).to(tl.int64)
     s = tl.program_id(1) * PLACES + tl.arange(0, PLACES)[None, :]
     i, across, o = tl.arange(0, INS)[:, None], tl.arange(0, INS)[None, :], tl.arange(0, OUTS)[:, None]
     x += part * ins * places
-    weight += part * ins * outs * 9
+    weight += tl.load(task + part) * ins * outs * 9
     total = tl.zeros((OUTS, PLACES), tl.float32)
     if FLAT:
         by = tl.load(weight + o * out_step + across, mask=(o < outs) & (across < ins * 9), other=0.0)
@@ -81,50 +80,8 @@ def _match(
         tl.store(weight + across * 9 + 3 * down + 2, right, mask=real)
 
 
-@triton.jit
-def _corner(at, height, width, half_height, half_width):
-    """The first of the four places behind an output."""
-    column, rows = at % half_width, at // half_width
-    return ((rows // half_height).to(tl.int64) * height + 2 * (rows % half_height)) * width + 2 * column
-
-
-@triton.jit
-def _largest(x, y, which, count, height, width, half_height, half_width, OUTPUTS: tl.constexpr):
-    """The largest of four, the first among equals, and its number."""
-    at = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    corner, real = x + _corner(at, height, width, half_height, half_width), at < count
-    most = tl.load(corner, mask=real)
-    number = tl.zeros((OUTPUTS,), tl.int8)
-    for k in tl.static_range(1, 4):
-        value = tl.load(corner + (k // 2) * width + k % 2, mask=real)
-        more = value > most
-        most, number = tl.where(more, value, most), tl.where(more, k, number).to(tl.int8)
-    tl.store(y + at, most, mask=real)
-    tl.store(which + at, number, mask=real)
-
-
-@triton.jit
-def _spread(y, which, x, count, height, width, half_height, half_width, OUTPUTS: tl.constexpr):
-    """All four places."""
-    at = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    corner, real = x + _corner(at, height, width, half_height, half_width), at < count
-    value, number = tl.load(y + at, mask=real), tl.load(which + at, mask=real)
-    for k in tl.static_range(4):
-        tl.store(corner + (k // 2) * width + k % 2, tl.where(number == k, value, 0.0), mask=real)
-
-
-@triton.jit
-def _taken(x, which, y, count, height, width, half_height, half_width, OUTPUTS: tl.constexpr):
-    """One of four places."""
-    at = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    real = at < count
-    number = tl.load(which + at, mask=real, other=0).to(tl.int32)
-    corner = x + _corner(at, height, width, half_height, half_width)
-    tl.store(y + at, tl.load(corner + (number // 2) * width + number % 2, mask=real), mask=real)
-
-
-def apply(x: Tensor, weight: Tensor, turned: bool) -> Tensor:
-    """x (parts, ins, part, height, width), weight (parts, outs, ins, 3, 3); turned: (parts, ins, outs, 3, 3)."""
+def apply(x: Tensor, weight: Tensor, turned: bool, task: Tensor) -> Tensor:
+    """x (parts, ins, part, height, width), weight (tasks, outs, ins, 3, 3), turned (tasks, ins, outs, 3, 3); task (parts,)."""
     x, weight = x.contiguous(), weight.contiguous()
     parts, ins, part, height, width = x.shape
     outs, places = weight.shape[2 if turned else 1], part * height * width
@@ -133,7 +90,7 @@ def apply(x: Tensor, weight: Tensor, turned: bool) -> Tensor:
         steps = (outs * 9, 9) if turned else (9, ins * 9)
         sizes = _sizes(ins, outs, flat=ins <= FEW and not turned)
         sizes |= {"HEIGHT": height, "WIDTH": width, "TURNED": turned, "PLACES": PLACES}
-        _apply[parts, triton.cdiv(places, PLACES)](x, weight, y, places, ins, outs, *steps, **sizes)  # pyright: ignore
+        _apply[parts, triton.cdiv(places, PLACES)](x, weight, task, y, places, ins, outs, *steps, **sizes)  # pyright: ignore
     return y
 
 
@@ -149,6 +106,12 @@ def match(y: Tensor, x: Tensor) -> Tensor:
         sizes |= {"HEIGHT": height, "WIDTH": width, "STRETCH": STRETCH, "PLACES": MATCHED}
         _match[grid](y, x, weight, places, ins, outs, **sizes)  # pyright: ignore
     return weight.sum(1) if stretches > 1 else weight[:, 0]
+
+
+def _sizes(ins: int, outs: int, flat: bool) -> dict[str, int | bool | str]:
+    """How products are cut."""
+    kind = "tf32" if torch.backends.cudnn.allow_tf32 else "tf32x3"
+    return {"FLAT": flat, "INS": _room(ins * 9 if flat else ins), "OUTS": _room(outs), "KIND": kind}
 
 
 def _sizes(ins: int, outs: int, flat: bool) -> dict[str, int | bool | str]:
@@ -179,12 +142,6 @@ def taken(x: Tensor, which: Tensor) -> Tensor:
     y = torch.empty_like(which, dtype=x.dtype)
     _pooling(_taken, (x.contiguous(), which, y), y, x.shape)
     return y
-
-
-def _pooling(kernel, tensors: tuple[Tensor, ...], y: Tensor, shape: torch.Size) -> None:
-    if y.numel():
-        sizes = y.numel(), shape[-2], shape[-1], y.shape[-2], y.shape[-1]
-        kernel[(triton.cdiv(y.numel(), OUTPUTS),)](*tensors, *sizes, OUTPUTS=OUTPUTS)
 
 
 def _room(channels: int) -> int:

@@ -20,6 +20,7 @@ Rows of padding (label -1) have no part in the loss, in N, or in the statistics 
 two, as the authors' code does: for comparison only.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -31,7 +32,8 @@ from torch.func import functional_call
 
 from smidgen.errors import UserError
 from smidgen.fewshot.episodes import Episode
-from smidgen.fewshot.methods.convolution import by_kernels, columns, convolved, halved
+from smidgen.fewshot.methods.convolution import Owners, by_kernels, columns, convolved
+from smidgen.fewshot.methods.normal import Affine, Pooled, Sums
 
 BLOCKS = 4
 SMALLEST = 2**BLOCKS  # pixels a side, of which the last pooling leaves one
@@ -97,33 +99,39 @@ class Classifier(nn.Module):
         """theta_K of every task. `theta`, `rates`: (tasks, *shape); `emphasis` is w."""
         y = episode.support_y
         parts = Parts.of(episode.support_x, self.counted(y), episode.room[0] if episode.room else None)
-        images = parts.total(parts.counted.sum(1))[:, None]  # N
-        weight = parts.cut(emphasis.gather(1, y.clamp(min=0)) * (y >= 0) * episode.ways / images)
+        weight = parts.cut(emphasis.gather(1, y.clamp(min=0)) * (y >= 0) * episode.ways / parts.images)
         y, outer = parts.cut(y), torch.is_grad_enabled()
+        moved = [w for w, _ in theta] + [theta[BLOCKS][1]]  # batch norm takes the other biases away: their gradient is 0
+        by = [-rate for rate, _ in rates] + [-rates[BLOCKS][1]]
         with torch.enable_grad():
             for _ in range(steps):
-                theta = [(_tracked(w, outer), _tracked(b, outer)) for w, b in theta]
-                loss = (weight * cross_entropy(self.logits(theta, parts), y)).sum()  # L of every task, added up
-                flat = torch.autograd.grad(loss, [tensor for layer in theta for tensor in layer], create_graph=outer)
-                theta = [
-                    (w - rate_w * g_w, b - rate_b * g_b)
-                    for (w, b), (rate_w, rate_b), g_w, g_b in zip(theta, rates, flat[::2], flat[1::2], strict=True)
-                ]
-        return theta
+                moved = [_tracked(w, outer) for w in moved]
+                loss = (weight * cross_entropy(self.logits(moved, parts), y)).sum()  # L of every task, added up
+                gradients = torch.autograd.grad(loss, moved, create_graph=outer)
+                moved = [w + rate * g for w, rate, g in zip(moved, by, gradients, strict=True)]
+        biases = [b - 0 * rate for (_, b), (_, rate) in zip(theta[:BLOCKS], rates[:BLOCKS], strict=True)]
+        return list(zip(moved[:-1], [*biases, moved[-1]], strict=True))
 
     def answers(self, theta: Layers, episode: Episode) -> Float[Tensor, "tasks queries ways"]:
-        """Logits of the queries, normalized with the statistics of one another."""
-        parts = Parts.of(episode.query_x, self.counted(episode.query_y), episode.room[1] if episode.room else None)
-        return parts.joined(self.logits(theta, parts))[:, : episode.query_y.shape[1]]
+        """Logits of the queries, normalized with the statistics of one another.
 
-    def logits(self, theta: Layers, parts: "Parts") -> Float[Tensor, "parts part ways"]:
-        """Of every image by its own task's weights."""
-        weight, bias = theta[0]
-        x = F.relu(pooled(parts.first(weight), parts.windows.moments(weight), bias, self.shift[0], parts))
-        for (weight, bias), shift in zip(theta[1:BLOCKS], self.shift[1:], strict=True):
-            maps = convolved(x, parts.each(weight))
-            x = F.relu(pooled(maps, moments(maps, parts), bias, shift, parts))
-        weight, bias = theta[BLOCKS]
+        Biases of convolutions are added, and taken away by batch norm, so that they and their rates have a gradient, of 0: training by
+        several processes asks for one.
+        """
+        parts = Parts.of(episode.query_x, self.counted(episode.query_y), episode.room[1] if episode.room else None)
+        biases = [b for _, b in theta]
+        return parts.joined(self.logits([w for w, _ in theta] + biases[BLOCKS:], parts, biases))[:, : episode.query_y.shape[1]]
+
+    def logits(self, weights: list[Tensor], parts: "Parts", biases: Sequence[Tensor] = ()) -> Float[Tensor, "parts part ways"]:
+        """Of every image by its own task's weights: of the convolutions and the head, and the head's bias."""
+        x = parts.maps
+        for i, (weight, shift) in enumerate(zip(weights[:BLOCKS], self.shift, strict=True)):
+            maps = convolved(x, weight, parts.owners) if i else parts.first(weight)
+            mean, variance = moments(maps, parts) if i else parts.windows.moments(weight)
+            if biases:
+                mean = mean + biases[i] - biases[i]
+            x = activated(maps, mean, variance, shift, parts)
+        weight, bias = weights[BLOCKS:]
         return torch.baddbmm(parts.each(bias)[:, None], x.transpose(1, 2).flatten(2), parts.each(weight).mT)
 
     def counted(self, y: Int[Tensor, "tasks n"]) -> Float[Tensor, "tasks n"]:
@@ -182,6 +190,21 @@ class Parts:
         return int(_eights(counted).any(-1).sum())
 
     @cached_property
+    def owners(self) -> Owners:
+        """Whose they are."""
+        return Owners(self.member, self.index // self.shape[1])
+
+    @cached_property
+    def images(self) -> Float[Tensor, "tasks 1"]:
+        """Those that are counted; N."""
+        return self.total(self.counted.sum(1))[:, None]
+
+    @cached_property
+    def shares(self) -> Float[Tensor, "tasks parts"]:
+        """What an image is of its task's mean."""
+        return self.member / self.images
+
+    @cached_property
     def windows(self) -> "Windows":
         """What the first convolution sees."""
         cut = columns(self.maps)
@@ -199,10 +222,9 @@ class Parts:
 
     def first(self, weight: Float[Tensor, "tasks filters channels 3 3"]) -> Float[Tensor, "parts filters part height width"]:
         """The first convolution: of windows that are cut out, but by kernels from the images, which are smaller to read."""
-        weight = self.each(weight)
         if by_kernels(weight):
-            return convolved(self.maps, weight)
-        return (weight.flatten(2) @ self.windows.columns).unflatten(2, self.maps.shape[2:])
+            return convolved(self.maps, weight, self.owners)
+        return (self.each(weight).flatten(2) @ self.windows.columns).unflatten(2, self.maps.shape[2:])
 
     def cut(self, values: Shaped[Tensor, "tasks n"]) -> Shaped[Tensor, "parts part"]:
         """A number per image, cut alike."""
@@ -248,24 +270,29 @@ def _taken(x: Shaped[Tensor, "tasks n *rest"], index: Int[Tensor, "parts"]) -> S
 
 def moments(x: Float[Tensor, "parts channels part height width"], parts: Parts) -> tuple[Tensor, Tensor]:
     """Mean and biased variance over a task's counted images, each (tasks, channels)."""
-    images, counted = parts.total(parts.counted.sum(1))[:, None], parts.counted[:, None]
+    if by_kernels(x):
+        mean, square = (parts.shares @ Sums.apply(x, parts.counted)).chunk(2, 1)
+        return mean, square - mean * mean
+    counted = parts.counted[:, None]
     variances, means = torch.var_mean(x, (3, 4), correction=0)  # of every image
-    mean = parts.total((means * counted).sum(2)) / images
-    return mean, parts.total(((variances + (means - parts.each(mean)[..., None]).square()) * counted).sum(2)) / images
+    mean = parts.total((means * counted).sum(2)) / parts.images
+    return mean, parts.total(((variances + (means - parts.each(mean)[..., None]).square()) * counted).sum(2)) / parts.images
 
 
-def pooled(
+def activated(
     x: Float[Tensor, "parts channels part height width"],
-    normal: tuple[Tensor, Tensor],
-    bias: Float[Tensor, "tasks channels"],
+    mean: Float[Tensor, "tasks channels"],
+    variance: Float[Tensor, "tasks channels"],
     shift: Float[Tensor, "channels"],
     parts: Parts,
 ) -> Float[Tensor, "parts channels part half_height half_width"]:
-    """Maximum over 2 x 2 of x + bias, after batch norm by mean and variance."""
-    mean, variance = normal
+    """ReLU of the maximum over 2 x 2, after batch norm by mean and variance."""
+    if by_kernels(x):
+        return Pooled.apply(x, *Affine.apply(mean, variance, shift.expand_as(mean), EPSILON), *parts.owners)
     scale = (variance + EPSILON).rsqrt()
-    shift = shift + (bias - (mean + bias)) * scale  # what follows a bias takes it away again
-    return torch.addcmul(parts.each(shift)[..., None, None, None], halved(x), parts.each(scale)[..., None, None, None])
+    shift = shift - mean * scale
+    most = F.max_pool2d(x.flatten(0, 1), 2).unflatten(0, x.shape[:2])
+    return torch.addcmul(parts.each(shift)[..., None, None, None], most, parts.each(scale)[..., None, None, None]).relu()
 
 
 def cross_entropy(logits: Float[Tensor, "*n ways"], y: Int[Tensor, "*n"]) -> Float[Tensor, "*n"]:
