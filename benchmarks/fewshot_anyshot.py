@@ -13,6 +13,7 @@ from fewshot_trainings import AT_ONCE, Trained, data, fitted, measured, untraine
 from torch import nn
 
 from smidgen.fewshot.episodes import Sampler
+from smidgen.fewshot.methods.btaml import BTAML
 from smidgen.fewshot.methods.inner import EPSILON, Classifier
 from smidgen.fewshot.methods.prototypes import ProtoNet
 from smidgen.fit import FitConfig
@@ -32,10 +33,11 @@ def any_shot(seed: int, options: argparse.Namespace) -> Iterator[dict]:
     targets = [parts[2] if name == "cifar_fs" else data(options, name, size=32, channels=3) for name in chosen]
     for method in options.methods or ANY_SHOT:
         models = {method: any_shot_trained(method, parts[0], parts[1], seed, options)}
-        if method == "btaml":
-            mean = copy.copy(models[method].model)
-            mean.config = replace(mean.config, samples=0)
-            models["btaml mean"] = models[method].variant(mean, "")
+        trained = models[method].model
+        if isinstance(trained, BTAML) and trained.config.bayesian:
+            mean = copy.copy(trained)
+            mean.config = replace(trained.config, samples=0)
+            models[f"{method} mean"] = models[method].variant(mean, "")
         for name, made in models.items():
             for images in targets:
                 yield measured(made, name, images, 5, "any", "balanced", options) | {"trained": "cifar_fs"}

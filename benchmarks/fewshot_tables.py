@@ -19,6 +19,7 @@ NAMES = {
     "tpn+start=0.0": "TPN, sigma as drawn",
     "tpn+norm=transductive": "TPN, batch norm by the batch",
     "maml": "MAML",
+    "maml+rate=0.03": "MAML, inner rate 0.03",
     "meta-sgd": "Meta-SGD",
     "meta-sgd+balance=classes": "Meta-SGD, classes weighed by 1/N",
     "btaml": "Bayesian TAML",
@@ -54,6 +55,8 @@ def read(paths: list[Path]) -> list[Row]:
                     row["method"] = f"frozen {row['method']}"
                 if row["table"] == "omniglot" and row["augment"]:
                     row["method"] += f", {row['augment']}"
+                if row["table"] == "any-shot":
+                    row["method"] += f", {int(row['steps']):,} updates"
                 kept[tuple(row[c] for c in ("table", "method", "trained", "tested", "ways", "shots", "queries", "seed"))] = row
     return list(kept.values())
 
@@ -88,7 +91,7 @@ def table(rows: list[Row], column: Key, title: str, columns: list[str] | None = 
         cells[row["method"]][column(row)].append(row)
     heads = columns or list(dict.fromkeys(column(row) for row in rows))
     heads = [h for h in heads if any(h in found for found in cells.values())]
-    known = [m for m in NAMES if m in cells]
+    known = [m for base in NAMES for m in cells if m.partition(",")[0] == base]
     lines = [f"| {title} | " + " | ".join(SETS.get(h, h) for h in heads) + (" | mean |" if mean else " |")]
     lines.append("|---" * (len(heads) + 1 + mean) + "|")
     for method in [*known, *(m for m in cells if m not in known)]:

@@ -114,35 +114,5 @@ def _sizes(ins: int, outs: int, flat: bool) -> dict[str, int | bool | str]:
     return {"FLAT": flat, "INS": _room(ins * 9 if flat else ins), "OUTS": _room(outs), "KIND": kind}
 
 
-def _sizes(ins: int, outs: int, flat: bool) -> dict[str, int | bool | str]:
-    """How products are cut."""
-    kind = "tf32" if torch.backends.cudnn.allow_tf32 else "tf32x3"
-    return {"FLAT": flat, "INS": _room(ins * 9 if flat else ins), "OUTS": _room(outs), "KIND": kind}
-
-
-def largest(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Maxima over 2 x 2 of the last two axes, and which of the four they were."""
-    *rest, height, width = x.shape
-    y = x.new_empty(*rest, height // 2, width // 2)
-    which = torch.empty_like(y, dtype=torch.int8)
-    _pooling(_largest, (x.contiguous(), y, which), y, x.shape)
-    return y, which
-
-
-def spread(y: Tensor, which: Tensor, shape: torch.Size) -> Tensor:
-    """Values where they were taken from."""
-    odd = shape[-1] % 2 or shape[-2] % 2
-    x = y.new_zeros(shape) if odd else y.new_empty(shape)
-    _pooling(_spread, (y.contiguous(), which, x), y, shape)
-    return x
-
-
-def taken(x: Tensor, which: Tensor) -> Tensor:
-    """Values from there."""
-    y = torch.empty_like(which, dtype=x.dtype)
-    _pooling(_taken, (x.contiguous(), which, y), y, x.shape)
-    return y
-
-
 def _room(channels: int) -> int:
     return max(LEAST, triton.next_power_of_2(channels))

@@ -88,7 +88,8 @@ class AffineBackward(torch.autograd.Function):
         """By both gradients, mean and variance."""
         from smidgen.fewshot.methods.normal_triton import affine_twice
 
-        return *affine_twice(of_mean, of_variance, *ctx.saved_tensors, ctx.epsilon), None
+        of_scale, of_moved, mean, variance = ctx.saved_tensors
+        return *affine_twice(of_mean, of_variance, of_scale, of_moved, mean, variance, ctx.epsilon), None
 
 
 class Pooled(torch.autograd.Function):
