@@ -24,10 +24,18 @@ NAMES = {
     "meta-sgd+balance=classes": "Meta-SGD, classes weighed by 1/N",
     "btaml": "Bayesian TAML",
     "btaml mean": "Bayesian TAML, the mean instead of ten samples",
+    "btaml+spread=0.1": "Bayesian TAML, from a spread of 0.1",
+    "btaml+spread=0.1 mean": "the same, the mean instead of ten samples",
     "btaml+bayesian=false": "deterministic TAML",
     "btaml+gamma=false+z=false": "Bayesian, omega alone",
     "btaml+omega=false+z=false": "Bayesian, gamma alone",
     "btaml+omega=false+gamma=false": "Bayesian, z alone",
+    "btaml+spread=0.1+gamma=false+z=false": "omega alone, from a spread of 0.1",
+    "btaml+spread=0.1+gamma=false+z=false mean": "the same, the mean instead of ten samples",
+    "btaml+spread=0.1+omega=false+z=false": "gamma alone, from a spread of 0.1",
+    "btaml+spread=0.1+omega=false+z=false mean": "the same, the mean instead of ten samples",
+    "btaml+spread=0.1+omega=false+gamma=false": "z alone, from a spread of 0.1",
+    "btaml+spread=0.1+omega=false+gamma=false mean": "the same, the mean instead of ten samples",
     "prototypes": "prototypes",
     "simpleshot": "prototypes, centred on CIFAR-FS",
     "frozen label-propagation": "label propagation, centred on CIFAR-FS",
@@ -56,7 +64,7 @@ def read(paths: list[Path]) -> list[Row]:
                 if row["table"] == "omniglot" and row["augment"]:
                     row["method"] += f", {row['augment']}"
                 if row["table"] == "any-shot":
-                    row["method"] += f", {int(row['steps']):,} updates"
+                    row["method"] += f", {int(row['steps']):,} updates" + " in tf32" * row["start"].endswith("tf32")
                 kept[tuple(row[c] for c in ("table", "method", "trained", "tested", "ways", "shots", "queries", "seed"))] = row
     return list(kept.values())
 

@@ -38,10 +38,10 @@ def arithmetic(rows: Rows, task: str) -> str:
     for row in rows:
         if row["task"] == task and row["group"] == ALL:
             found[row["model"]][row["split"]].append(row)
-    lines = [f"| {task} | steps | seeds | id | ood | ood, hard | exact, id | exact, ood | answered wrong, ood |", "|---" * 9 + "|"]
+    lines = [f"| {task} | updates | seeds | id | ood | ood, hard | exact, id | exact, ood | answered wrong, ood |", "|---" * 9 + "|"]
     for model, splits in sorted(found.items(), key=lambda item: -statistics.mean(float(r["accuracy"]) for r in item[1]["ood"])):
         within, out = splits["id"], splits["ood"]
-        steps = "/".join(sorted({row["steps"] for row in out}))
+        steps = ", ".join(sorted({f"{row['steps']} x {row['batch']}" for row in out}))
         exact = f"{cell(within, 'exact', best=False)} | {cell(out, 'exact', best=False)} | {wrong(out)}"
         lines.append(f"| `{model}` | {steps} | {len(out)} | {cell(within)} | {cell(out)} | {cell(out, 'hard', best=False)} | {exact} |")
     return "\n".join(lines)

@@ -270,7 +270,7 @@ def derived(operation, way: torch.Tensor, *given: torch.Tensor) -> list[torch.Te
 @pytest.mark.parametrize("shape", [(3, 3, 8, 32, 32), (5, 32, 8, 16, 16), (3, 20, 3, 7, 5), (3, 64, 8, 4, 4)])
 def test_kernels_of_convolution_are_what_they_stand_for(shape, tf32, bound, monkeypatch):
     """Against float64, which kernels do not compute."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", tf32)
     torch.manual_seed(0)
     parts, channels, part, height, width = shape
     task = torch.arange(parts, device="cuda") % 2
@@ -313,7 +313,7 @@ def test_kernels_after_a_convolution_are_what_they_stand_for(shape):
     of_affine = torch.rand(4, channels, device="cuda"), shift, scale, shift + scale
     of_affine = of_affine[0], *(t.detach().requires_grad_() for t in of_affine[1:])
     for ours, theirs in zip(derived(by_kernel, *of_affine), derived(normal, *of_affine), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
     pairs = zip(
         derived(lambda *given: Pooled.apply(*given, member, task), way, x, scale, shift)
         + derived(lambda x: Sums.apply(x, counted), way.new_ones(()), x),
@@ -321,7 +321,7 @@ def test_kernels_after_a_convolution_are_what_they_stand_for(shape):
         strict=True,
     )
     for ours, theirs in pairs:
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
 
 
 @cuda
@@ -331,12 +331,12 @@ def test_cuda_graphs_have_the_same_loss_and_gradient(make):
     torch.manual_seed(0)
     pixels = torch.randint(0, 256, (20 * 70, 16, 16, 1)).byte()
     images = Images("noise", pixels, torch.arange(20).repeat_interleave(70), tuple(map(str, range(20)))).to("cuda")
-    tasks, training = Sampler(images, 5, "any", 15, tasks=2), Training(make().cuda().train())
+    tasks, plain = Sampler(images, 5, "any", 15, tasks=2), Training(make().cuda().train())
+    graphed = copy.deepcopy(plain)  # gradients of the other are added up on another stream, which a capture must not wait for
+    graphed.capture(tasks)
     losses: dict[bool, list[float]] = {False: [], True: []}
     gradients: dict[bool, list[torch.Tensor]] = {False: [], True: []}
-    for graphs in (False, True):
-        if graphs:
-            training.capture(tasks)
+    for graphs, training in ((False, plain), (True, graphed)):
         for i in (*range(6), *range(6)):
             torch.manual_seed(i)
             training.zero_grad()
@@ -345,10 +345,10 @@ def test_cuda_graphs_have_the_same_loss_and_gradient(make):
                 loss.backward()
             losses[graphs].append(loss.item())
             gradients[graphs].append(torch.cat([p.grad.flatten().clone() for p in training.parameters()]))
-    assert training.graphs is not None and len(training.graphs.made) > 2
+    assert graphed.graphs is not None and len(graphed.graphs.made) > 2
     assert losses[True] == pytest.approx(losses[False], rel=1e-3)
-    for plain, graphed in zip(gradients[False], gradients[True], strict=True):
-        assert (plain - graphed).norm() < 0.01 * plain.norm()
+    for ours, theirs in zip(gradients[True], gradients[False], strict=True):
+        assert (ours - theirs).norm() < 0.01 * theirs.norm()
 
 
 def test_any_batch_has_one_of_few_sizes():
@@ -654,7 +654,7 @@ def test_without_reparameterisation_the_encoder_hears_of_the_divergence_alone(mo
     assert all(torch.allclose(encoder[n], g, atol=1e-12) for n, g in zip(encoder, grads, strict=True))
 
 
-@pytest.mark.parametrize("together", [1, 2, 10])
+@pytest.mark.parametrize("together", [0, 13, 100])  # one by one, two and one, all three
 def test_prediction_averages_softmax_outputs_of_samples(together, monkeypatch):
     monkeypatch.setitem(btaml.TOGETHER, "cpu", together)
     method, episode = made(lambda: BTAML(IMAGE, BTAMLConfig(rate=0.3, samples=3, seed=4, inner=SMALL))), task([2, 1, 3])

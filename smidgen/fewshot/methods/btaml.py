@@ -36,7 +36,9 @@ from smidgen.fewshot.methods.inner import BLOCKS, Classifier, Inner, Layers, Rat
 FEATURES = 64  # of an image, in the encoder
 INITIAL = 0.02  # standard deviation of the encoder's initial weights
 LOG2 = math.log(2)  # softplus(0)
-TOGETHER = {"cuda": 10}  # samples of phi that a prediction computes at once: as many kernels as one, on a device with room; else one
+TOGETHER = {
+    "cuda": 4000
+}  # support images up to which a prediction computes samples of phi at once: as many kernels as one; else one by one
 
 Normal = tuple[Tensor, Tensor]
 "Mean and standard deviation of independent normals, (tasks, *entries)."
@@ -138,7 +140,7 @@ class BTAML(nn.Module):
             return self.validate(episode)
         random = torch.Generator().manual_seed(self.config.seed)
         noise = [{name: torch.randn(mu.shape[1:], generator=random).to(mu) for name, (mu, _) in q.items()} for _ in range(samples)]
-        together = TOGETHER.get(episode.query_x.device.type, 1)
+        together = max(1, TOGETHER.get(episode.query_x.device.type, 0) // episode.support_y.numel())
         total = episode.query_x.new_zeros((*episode.query_y.shape, episode.ways))
         for some in (noise[i : i + together] for i in range(0, samples, together)):
             drawn = [sample(q, each) for each in some]

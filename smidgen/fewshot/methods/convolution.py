@@ -9,6 +9,7 @@ second derivatives of an inner loop need nothing else. Neither stores windows, n
 the three is one kernel (convolution_triton.py).
 """
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from smidgen.precision import has_triton
 
+WIDEST = 64  # channels of a kernel: more would not fit into the memory that a program has
 Maps = Float[Tensor, "parts channels part height width"]
 
 
@@ -36,8 +38,14 @@ def convolved(x: Maps, weight: Float[Tensor, "tasks outs channels 3 3"], owners:
 
 
 def by_kernels(x: Tensor) -> bool:
-    """Whether Triton's kernels compute it."""
-    return x.is_cuda and x.dtype == torch.float32 and has_triton()
+    """Whether Triton's kernels compute maps like these, or convolve by weights like these."""
+    return x.is_cuda and x.dtype == torch.float32 and x.shape[1] <= WIDEST and _capable(x.device)
+
+
+@cache
+def _capable(device: torch.device) -> bool:
+    """The kernels' products are tensor cores'."""
+    return has_triton() and torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def columns(x: Maps) -> Float[Tensor, "parts nine_channels places"]:

@@ -1,5 +1,5 @@
-"""The kernels of convolution.py. float32, products by the tensor cores' tf32, as torch's own convolutions by default; where
-`torch.backends.cudnn.allow_tf32` is off by three of them each, as exact as float32's own.
+"""The kernels of convolution.py. float32; products by three of the tensor cores' tf32 each, as exact as float32's own, unless
+`torch.backends.cuda.matmul.allow_tf32` lets one do: then the gradient through ten inner steps is off by 4 % of its length.
 
 A program computes all channels of some places: nine products of a slice of the weight with neighbours read where they lie, windows
 overlapping in the cache; a single one with all nine neighbours of the few channels of an image. By the weight it is a program per part, row
@@ -15,6 +15,7 @@ PLACES, MATCHED = 128, 64  # of a program at a time
 STRETCH = 1024  # places of a program that sums over them
 LEAST = 16  # rows of a product of the tensor cores
 FEW = 3  # channels whose neighbours are one product
+NARROW = 32  # channels of which the next places are read while these are computed
 
 
 @triton.jit
@@ -110,8 +111,9 @@ def match(y: Tensor, x: Tensor) -> Tensor:
 
 def _sizes(ins: int, outs: int, flat: bool) -> dict[str, int | bool | str]:
     """How products are cut."""
-    kind = "tf32" if torch.backends.cudnn.allow_tf32 else "tf32x3"
-    return {"FLAT": flat, "INS": _room(ins * 9 if flat else ins), "OUTS": _room(outs), "KIND": kind}
+    kind = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    ins, outs = _room(ins * 9 if flat else ins), _room(outs)
+    return {"FLAT": flat, "INS": ins, "OUTS": outs, "KIND": kind, "num_stages": 2 if max(ins, outs) <= NARROW else 1}
 
 
 def _room(channels: int) -> int:

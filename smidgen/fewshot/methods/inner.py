@@ -14,7 +14,8 @@ weights would be a sum of a quarter million terms by a handful of the GPU's proc
 others have fewer parts, so padding costs next to nothing. Pooling comes before batch norm, which has no scale here, so that larger
 stays larger: the same numbers from a quarter of the entries. And the first convolution, whose maps are the largest, is linear in images
 that stay the same from step to step: their windows are cut out once, and batch norm's statistics W m and diag(W C W^T) follow from the
-windows' mean m and covariance C without a look at the maps.
+windows' mean m and covariance C without a look at the maps. On a GPU, where starting a torch operation takes longer than most of these run,
+convolutions and what follows them are kernels with first and second derivatives (convolution.py, normal.py).
 
 Rows of padding (label -1) have no part in the loss, in N, or in the statistics of batch norm. `faithful_padding` counts them in the latter
 two, as the authors' code does: for comparison only.
@@ -322,7 +323,6 @@ def inverse_size(episode: Episode) -> Float[Tensor, "tasks ways"]:
         The "1/N_c" baseline that Bayesian TAML is compared with; its constant is our reading, chosen so that equal shots give `even`.
 
         >>> from smidgen.fewshot.episodes import Episode
-    from smidgen.fewshot.methods.columns import Columns
         >>> y = torch.tensor([[0, 0, 0, 1]])
         >>> inverse_size(Episode(torch.zeros(1, 4, 1), y, torch.zeros(1, 1, 1), torch.zeros(1, 1, dtype=torch.long), 2))
         tensor([[0.3333, 1.0000]])
