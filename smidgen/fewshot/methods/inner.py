@@ -320,12 +320,12 @@ def even(episode: Episode) -> Float[Tensor, "tasks ways"]:
 def inverse_size(episode: Episode) -> Float[Tensor, "tasks ways"]:
     """w_c = N / (C^2 N_c): L becomes the mean over classes of a class's mean cross-entropy.
 
-        The "1/N_c" baseline that Bayesian TAML is compared with; its constant is our reading, chosen so that equal shots give `even`.
+    The "1/N_c" baseline that Bayesian TAML is compared with; its constant is our reading, chosen so that equal shots give `even`.
 
-        >>> from smidgen.fewshot.episodes import Episode
-        >>> y = torch.tensor([[0, 0, 0, 1]])
-        >>> inverse_size(Episode(torch.zeros(1, 4, 1), y, torch.zeros(1, 1, 1), torch.zeros(1, 1, dtype=torch.long), 2))
-        tensor([[0.3333, 1.0000]])
+    >>> from smidgen.fewshot.episodes import Episode
+    >>> y = torch.tensor([[0, 0, 0, 1]])
+    >>> inverse_size(Episode(torch.zeros(1, 4, 1), y, torch.zeros(1, 1, 1), torch.zeros(1, 1, dtype=torch.long), 2))
+    tensor([[0.3333, 1.0000]])
     """
     shots = episode.shots().to(episode.support_x.dtype)
     return shots.sum(1, keepdim=True) / (episode.ways**2 * shots.clamp(min=1))
