@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 
 from smidgen.errors import UserError
 from smidgen.fewshot.episodes import Episode, Sampler, accuracy
-from smidgen.fewshot.graphs import Graphs, Training, replaying, sized
+from smidgen.fewshot.graphs import Graphs, Training, sized
 from smidgen.fewshot.measure import norm_mode
 from smidgen.fewshot.methods import Shows, btaml
 from smidgen.fewshot.methods.btaml import BTAML, BTAMLConfig, divergence, modulated, sample
@@ -35,6 +35,7 @@ from smidgen.fewshot.methods.normal import Affine, Pooled, Sums
 from smidgen.fewshot.models import make
 from smidgen.fit import FitConfig, fit
 from smidgen.images import Images
+from smidgen.precision import replaying
 from smidgen.run import Run
 
 IMAGE = (1, 16, 16)

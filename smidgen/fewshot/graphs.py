@@ -1,8 +1,6 @@
 """A method as `fit` trains it: a module whose forward pass is its loss, by CUDA graphs if they are made."""
 
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -34,14 +32,6 @@ class Training(nn.Module):
     def capture(self, tasks: Tasks) -> None:
         """By CUDA graphs from now on."""
         self.graphs = Graphs(self.method, tasks)
-
-
-@contextmanager
-def replaying() -> Iterator[None]:
-    """Says nothing of gradients that are added up on the stream of the capture: it costs an event an update."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")
-        yield
 
 
 class Graphs:

@@ -30,7 +30,7 @@ from smidgen.fewshot.augment import Augment
 from smidgen.fewshot.data import Shape, load_images, shape_of
 from smidgen.fewshot.episodes import Sampler, Shots, Tasks
 from smidgen.fewshot.evaluate import examples
-from smidgen.fewshot.graphs import Training, replaying
+from smidgen.fewshot.graphs import Training
 from smidgen.fewshot.measure import Result, evaluated, norm_mode
 from smidgen.fewshot.methods.mxml import MxML
 from smidgen.fewshot.methods.mxml_stages import train_members
@@ -38,7 +38,7 @@ from smidgen.fewshot.models import TRAINED, Description, describe, load, load_me
 from smidgen.fewshot.sets import SetsSampler, held_out, one_shape
 from smidgen.fit import CHECKPOINT, FitConfig, FitResult, fit
 from smidgen.images import Images
-from smidgen.precision import pick_device
+from smidgen.precision import pick_device, replaying
 from smidgen.run import Run
 
 __all__ = ["Config", "command", "load", "main", "train"]

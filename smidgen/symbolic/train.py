@@ -9,7 +9,6 @@ The splits of the tests are not touched: `smidgen symbolic evaluate` is for them
 
 import os
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field, replace
@@ -24,7 +23,7 @@ from torch import nn
 from smidgen.distributed import is_first_process, own_device, process_run
 from smidgen.errors import UserError
 from smidgen.fit import CHECKPOINT, FitConfig, FitResult, fit
-from smidgen.precision import pick_device
+from smidgen.precision import pick_device, replaying
 from smidgen.run import Run
 from smidgen.symbolic.grid_model import GridModel
 from smidgen.symbolic.models import make, sizes_of
@@ -254,8 +253,7 @@ def replayed(model: GridModel, config: Config) -> Iterator[None]:
     for buffer, before in statistics:
         buffer.copy_(before)  # batch norm has seen the drawn grid
     try:
-        with warnings.catch_warnings():  # gradients are added up on the stream of the capture, which costs an event an update
-            warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")
+        with replaying():
             yield
     finally:
         del network.forward  # what make_graphed_callables put before the class's own

@@ -36,9 +36,7 @@ from smidgen.fewshot.methods.inner import BLOCKS, Classifier, Inner, Layers, Rat
 FEATURES = 64  # of an image, in the encoder
 INITIAL = 0.02  # standard deviation of the encoder's initial weights
 LOG2 = math.log(2)  # softplus(0)
-TOGETHER = {
-    "cuda": 4000
-}  # support images up to which a prediction computes samples of phi at once: as many kernels as one; else one by one
+TOGETHER = {"cuda": 4000}  # support images up to which samples of phi are predicted with at once, as many kernels as one; else one by one
 
 Normal = tuple[Tensor, Tensor]
 "Mean and standard deviation of independent normals, (tasks, *entries)."
