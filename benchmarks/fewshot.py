@@ -91,7 +91,9 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--augment", nargs="*", choices=KINDS, help="of training images; by default flip crop for cifar-fs alone")
     parser.add_argument("--graphs", action="store_true", help="train omniglot, cifar-fs, any-shot and the TPN head by CUDA graphs")
     parser.add_argument("--tested", nargs="*", choices=ANYWHERE, help="sets that any-shot tests on; by default all")
-    parser.add_argument("--keep", type=Path, help="folder that keeps trained any-shot methods; those that are there are not trained")
+    parser.add_argument(
+        "--keep", type=Path, help="folder that keeps trained any-shot methods and their starts; those that are there are not trained"
+    )
     parser.add_argument("--cache", type=Path, help="folder that keeps features of frozen backbones")
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     options = parser.parse_args(given)

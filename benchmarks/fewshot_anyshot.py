@@ -83,7 +83,7 @@ def restored(file: Path, model: nn.Module, device: torch.device) -> Trained:
 
 def started(classifier: Classifier, sampler: Sampler, validation: Sampler, options: argparse.Namespace) -> Trained:
     """Trains its convolutions as a ProtoNet's, or takes them as another process left them: the same for every method of a seed."""
-    file = options.keep and options.keep / f"start-{options.start_steps}-{sampler.seed}.pt"
+    file = options.keep and options.keep / f"start-{options.start_steps}{''.join(f'-{kind}' for kind in sampler.augment)}-{sampler.seed}.pt"
     if file and file.exists():
         return restored(file, classifier, options.device)
     many = replace(sampler, ways=20, shots=5, queries=10, tasks=1)
