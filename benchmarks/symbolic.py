@@ -59,6 +59,7 @@ TASKS = {
     "babi:joint": ["s2g-textcnn", "textcnn", *SEQUENCE_MODELS],
 }
 RATES = {"s2g-cnn": 2e-3, "s2g-acnn": 2e-3, "cnn": 2e-3}  # larger batches than the authors' bear larger rates with batch norm
+GRAPHS = ("s2g-cnn", "s2g-acnn", "gru-attention", "transformer", "universal-transformer")
 RATE = 1e-3  # the authors', for the others
 STARTED = time.monotonic()
 ALL = "all"  # the group of all questions
@@ -82,7 +83,7 @@ def config_of(task: str, spec: str, seed: int, options: argparse.Namespace) -> C
         warmup=min(500, options.steps // 10),
         validation_questions=1000,
         compile=options.compile and name.startswith("s2g"),
-        graph=options.graph and name in ("s2g-cnn", "s2g-acnn"),
+        graph=options.graph and name in GRAPHS,
         seed=seed,
     )
     return replace(config, **settings(changed))

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import pack_padded_sequence
 
 from smidgen.symbolic.networks import Embedding, TextCNN, TopList, dense, sinusoids
 from smidgen.symbolic.seq2grid import cells, place
@@ -36,7 +36,7 @@ class Memory(NamedTuple):
     states: Float[Tensor, "batch time width"] | None
     mask: Mask
     last: tuple[Tensor, ...]
-    "Of a recurrent network: its state after the last token, (layers, batch, width) each."
+    "Of the LSTM: its state and cell after the last token, (layers, batch, width) each."
     summary: Float[Tensor, "batch width"]
     "The whole input in one vector: the last state, or that of the first position."
 
@@ -104,14 +104,13 @@ class Recurrent(nn.Module):
     def forward(self, tokens: Tokens, mask: Mask) -> Memory:
         """Padding is not read."""
         x, lengths = self.embedding(tokens, mask), mask.sum(1)
-        if self.backwards:
-            order = (lengths[:, None] - 1 - torch.arange(x.shape[1], device=x.device)).clamp_min(0)
-            x = x.gather(1, order[..., None].expand_as(x))
-        states, last = self.rnn(pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False))
-        assert isinstance(states, PackedSequence)
-        states = pad_packed_sequence(states, batch_first=True, total_length=x.shape[1])[0]
-        last = last if isinstance(last, tuple) else (last,)
-        return Memory(states, mask, last, last[0][-1])
+        if not self.backwards:  # what comes after the last token is not seen by it
+            states = self.rnn(x)[0]
+            return Memory(states, mask, (), states[torch.arange(len(x), device=x.device), lengths - 1])
+        order = (lengths[:, None] - 1 - torch.arange(x.shape[1], device=x.device)).clamp_min(0)
+        x = x.gather(1, order[..., None].expand_as(x))
+        _, last = self.rnn(pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False))
+        return Memory(None, mask, last, last[0][-1])
 
 
 class LSTMDecoder(nn.Module):

@@ -1,5 +1,6 @@
 """Training questions on the device, drawn by number, so that a run that goes on from a checkpoint draws on where it stopped."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -90,9 +91,12 @@ class Training(nn.Module):
     def __init__(self, model: nn.Module, sharpen: float = 0.0) -> None:
         super().__init__()
         self.model, self.sharpen = model, sharpen
+        self.graphs: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # meanwhile, the loss of (tokens, mask, target)
 
     def forward(self, drawn: Drawn) -> Float[Tensor, ""]:
         """Mean over the batch."""
         if isinstance(self.model, GridModel):
             return self.model.loss(drawn.tokens, drawn.mask, drawn.target, drawn.actions, self.sharpen * drawn.progress)
+        if self.graphs is not None:
+            return self.graphs(drawn.tokens, drawn.mask, drawn.target)
         return self.model.loss(drawn.tokens, drawn.mask, drawn.target)  # pyright: ignore  a model of MODELS

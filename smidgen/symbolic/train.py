@@ -9,8 +9,7 @@ The splits of the tests are not touched: `smidgen symbolic evaluate` is for them
 
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
@@ -23,13 +22,13 @@ from torch import nn
 from smidgen.distributed import is_first_process, own_device, process_run
 from smidgen.errors import UserError
 from smidgen.fit import CHECKPOINT, FitConfig, FitResult, fit
-from smidgen.precision import pick_device, replaying
+from smidgen.precision import pick_device
 from smidgen.run import Run
 from smidgen.symbolic.grid_model import GridModel
 from smidgen.symbolic.models import make, sizes_of
-from smidgen.symbolic.networks import Blocks
 from smidgen.symbolic.pool import Pool, Training
 from smidgen.symbolic.predict import predict, right
+from smidgen.symbolic.replay import has_fixed_shapes, replayed
 from smidgen.symbolic.seq2grid import hard_layouts
 from smidgen.symbolic.settle import CARD, settle
 from smidgen.symbolic.stored import TRAINED, Description, save
@@ -86,7 +85,7 @@ class Config:
     compile: bool = False
     "Fuse the operations of the grid network (torch.compile): pays in long runs on a GPU, after a minute of compiling."
     graph: bool = False
-    "Launch the grid network of s2g-cnn and s2g-acnn as one CUDA graph instead of hundreds of kernels: pays where launching is the limit."
+    "Launch the grid network of s2g-cnn and s2g-acnn, the loss of gru-attention and transformers, as a CUDA graph: pays in small models."
     validate_every: int | None = None
     "Updates between validations; none: twenty in all."
     validation_questions: int = 500
@@ -188,8 +187,8 @@ def refuse_options(config: Config, model: nn.Module, device: torch.device) -> No
     """There is nothing to sharpen where no actions are learned, and nothing to fuse or to replay without a grid."""
     if config.compile and not isinstance(model, GridModel):
         raise UserError(f"--compile is for s2g models, not for {config.model}")
-    if config.graph and not (isinstance(model, GridModel) and isinstance(model.network, Blocks)):
-        raise UserError(f"--graph is for s2g-cnn and s2g-acnn, not for {config.model}")
+    if config.graph and not has_fixed_shapes(model):
+        raise UserError(f"--graph is for s2g-cnn, s2g-acnn, gru-attention and transformers, not for {config.model}")
     if config.graph and (device.type != "cuda" or os.environ.get("WORLD_SIZE", "1") != "1"):
         raise UserError("--graph needs one CUDA device; leave it out")
     if config.sharpen and not learns_actions(model):
@@ -235,28 +234,10 @@ def train(model: nn.Module, task: Task, questions: Batch, held_out: Batch, confi
     if config.compile and isinstance(model, GridModel):
         model.network.compile(dynamic=False)
     training = Training(model.train(), config.sharpen)
-    with replayed(model, config) if config.graph and isinstance(model, GridModel) else nullcontext():
+    with replayed(training, questions, config.batch, config.fit()) if config.graph else nullcontext():
         result = fit(training, lambda wrapped, batch: wrapped(batch), pool, config.fit(), run, groups=groups, evaluate=measure)
     model.eval()
     return result
-
-
-@contextmanager
-def replayed(model: GridModel, config: Config) -> Iterator[None]:
-    """Meanwhile the grid network trains as one CUDA graph: its shapes never change. Validation, in evaluation mode, does not use it."""
-    network, module, device = model.network, model.module, model.embedding.table.device
-    shape = config.batch, module.rows, module.columns, model.embedding.table.shape[1]
-    precision = config.fit().products(device)
-    statistics = [(buffer, buffer.clone()) for buffer in network.buffers()]
-    with torch.autocast(device.type, precision, enabled=precision != torch.float32, cache_enabled=False):
-        torch.cuda.make_graphed_callables(network, (torch.randn(shape, device=device, requires_grad=True),))
-    for buffer, before in statistics:
-        buffer.copy_(before)  # batch norm has seen the drawn grid
-    try:
-        with replaying():
-            yield
-    finally:
-        del network.forward  # what make_graphed_callables put before the class's own
 
 
 def figures(model: nn.Module, questions: Batch, crisp: bool = False) -> dict[str, float]:
