@@ -42,6 +42,14 @@ def read_text(source: str) -> str:
     return text
 
 
+def check_source(source: str) -> None:
+    """Refuses at once a file or a package that is not there, before long work; what is in it is seen when it is read."""
+    if source.startswith("docstrings:"):
+        _folder(source.removeprefix("docstrings:"))
+    elif source != SELF and not source.startswith("hf:"):
+        _existing(Path(source.rsplit(":", 1)[0] if ".jsonl:" in source else source))
+
+
 def windows(source: str, tokenizer: Any, length: int, count: int | None = None, seed: int | None = None) -> "Tensor":
     """Non-overlapping windows of `length` tokens, without special tokens, shape (count, length).
 
@@ -67,9 +75,14 @@ def windows(source: str, tokenizer: Any, length: int, count: int | None = None, 
     return chosen[:count]
 
 
-def _file(path: Path) -> str:
+def _existing(path: Path) -> Path:
     if not path.is_file():
         raise UserError(f"no such text: {path} (a text file, file.jsonl:field, docstrings:PACKAGE, hf:NAME or self)")
+    return path
+
+
+def _file(path: Path) -> str:
+    _existing(path)
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -102,13 +115,17 @@ def _hub(name: str) -> str:
     return "\n\n".join(rows[field or "text"])
 
 
-def _docstrings(package: str) -> str:
-    """Docstrings of every module in a package, in path order, each once; the package is read, not imported."""
+def _folder(package: str) -> Path:
     spec = find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise UserError(f"docstrings:{package}: no package of that name is installed")
+    return Path(spec.submodule_search_locations[0])
+
+
+def _docstrings(package: str) -> str:
+    """Docstrings of every module in a package, in path order, each once; the package is read, not imported."""
     seen: dict[str, None] = {}
-    for file in sorted(Path(spec.submodule_search_locations[0]).rglob("*.py")):
+    for file in sorted(_folder(package).rglob("*.py")):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in other people's strings
             try:

@@ -302,6 +302,14 @@ def test_texts(refused, tiny_llama, tmp_path):
     assert "asked for" in refused(tiny_llama, "--sequences", "100000")
 
 
+@pytest.mark.parametrize("source", ["missing.txt", "missing.jsonl:text", "docstrings:nowhere"])
+@pytest.mark.parametrize("activations", [[], ["--activations", "8"]])
+def test_a_missing_calibration_is_refused_before_anything_is_read(source, activations, refused, tiny_llama, monkeypatch):
+    for module in ("quantize", "integers"):
+        monkeypatch.setattr(f"smidgen.quant.{module}.windows", lambda *_: pytest.fail("evaluation texts were read first"))
+    assert source.partition(":")[0].split("/")[0] in refused(tiny_llama, "--calibration", source, *activations)
+
+
 @pytest.fixture
 def copied(tiny_llama, tmp_path) -> Path:
     """A private copy of the tiny Llama."""

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from smidgen.errors import UserError
-from smidgen.texts import read_text, windows
+from smidgen.texts import check_source, read_text, windows
 
 
 class Characters:
@@ -112,8 +112,9 @@ def test_hub_needs_the_datasets_package(monkeypatch):
 
 def test_missing_and_empty_texts_are_refused(file, tmp_path):
     for source in (str(tmp_path / "none.txt"), str(tmp_path), str(tmp_path / "none.jsonl") + ":text"):
-        with pytest.raises(UserError, match="no such text"):
-            read_text(source)
+        for reads in (read_text, check_source):
+            with pytest.raises(UserError, match="no such text"):
+                reads(source)
     for source in (file("empty.txt", ""), file("blank.txt", " \n\t\n"), file("empty.jsonl", "\n") + ":text"):
         with pytest.raises(UserError, match="the text is empty"):
             read_text(source)

@@ -11,7 +11,7 @@ from smidgen.errors import UserError, check_seed
 from smidgen.precision import forward_precision
 from smidgen.quant.checkpoint import Checkpoint, check_length, load_model
 from smidgen.run import Run
-from smidgen.texts import SELF, windows
+from smidgen.texts import SELF, check_source, windows
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Calibration:
         if self.sequences < 1:
             raise UserError(f"--sequences must be at least 1, got {self.sequences}")
         check_seed(self.seed)
+        check_source(self.source)
 
     def tokens(self, checkpoint: Checkpoint, width: int, device: torch.device, run: Run) -> Int[Tensor, "n length"]:
         """The sequences; a warning if they are fewer tokens than the `width` inputs of the widest layer."""

@@ -61,10 +61,9 @@ def main(config: "Config", run: Run) -> dict[str, Any]:
     device = pick_device(config.device)
     source = Checkpoint.open(config.model)
     exports = check(config, source.skeleton(device))
+    data = Calibration(config.calibration, config.sequences, config.length, config.seed)
     texts = {text: windows(text, source.tokenizer(), config.length, config.eval_windows) for text in config.evaluate}
-    tokens = Calibration(config.calibration, config.sequences, config.length, config.seed).tokens(
-        source, widest(source.skeleton(device)), device, run
-    )
+    tokens = data.tokens(source, widest(source.skeleton(device)), device, run)
     learnt, held_out = split(tokens, HELD_OUT) if len(tokens) > 1 else (tokens, tokens)
 
     reset_peak(device)

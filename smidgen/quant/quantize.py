@@ -230,8 +230,8 @@ def main(config: Config, run: Run) -> dict[str, Any]:
     stored = StatsFolder.open(config.stats) if config.stats else None
     if stored and isinstance(solver, GPTQ):
         stored.check(source, len(decoder_list(model)[1]), solver)
-    texts = {text: windows(text, source.tokenizer(), config.length, config.eval_windows) for text in config.evaluate}
     data = Calibration(config.calibration, config.sequences, config.length, config.seed)
+    texts = {text: windows(text, source.tokenizer(), config.length, config.eval_windows) for text in config.evaluate}
     tokens = data.tokens(source, widest(model), device, run) if solver.needs and not stored else None
 
     reset_peak(device)
