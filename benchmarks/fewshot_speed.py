@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smidgen.cuda_graphs import replaying
 from smidgen.fewshot.episodes import Episode, Sampler, Shots
 from smidgen.fewshot.graphs import Training
 from smidgen.fewshot.methods.btaml import BTAML, divergence, sample
@@ -32,7 +33,6 @@ from smidgen.fewshot.methods.inner import EPSILON
 from smidgen.fewshot.methods.tpn import TPN
 from smidgen.fewshot.models import make
 from smidgen.images import Images
-from smidgen.precision import replaying
 
 RESULTS = Path(__file__).parent / "results" / "fewshot_speed.csv"
 SHAPE = (3, 32, 32)

@@ -38,6 +38,7 @@ from smidgen.symbolic.card import Card
 from smidgen.symbolic.grid_model import GridModel
 from smidgen.symbolic.models import make, sizes_of
 from smidgen.symbolic.predict import predict, right
+from smidgen.symbolic.replay import has_fixed_shapes
 from smidgen.symbolic.seq2grid import hard_layouts
 from smidgen.symbolic.settle import outcomes, settle
 from smidgen.symbolic.tasks import Batch, Task, open_task
@@ -59,7 +60,6 @@ TASKS = {
     "babi:joint": ["s2g-textcnn", "textcnn", *SEQUENCE_MODELS],
 }
 RATES = {"s2g-cnn": 2e-3, "s2g-acnn": 2e-3, "cnn": 2e-3}  # larger batches than the authors' bear larger rates with batch norm
-GRAPHS = ("s2g-cnn", "s2g-acnn", "gru-attention", "transformer", "universal-transformer")
 RATE = 1e-3  # the authors', for the others
 STARTED = time.monotonic()
 ALL = "all"  # the group of all questions
@@ -83,7 +83,7 @@ def config_of(task: str, spec: str, seed: int, options: argparse.Namespace) -> C
         warmup=min(500, options.steps // 10),
         validation_questions=1000,
         compile=options.compile and name.startswith("s2g"),
-        graph=options.graph and name in GRAPHS,
+        graph=options.graph,
         seed=seed,
     )
     return replace(config, **settings(changed))
@@ -112,6 +112,7 @@ def trained_and_tested(task_name: str, spec: str, seed: int, options: argparse.N
     assert config.model is not None
     torch.manual_seed(seed)
     model = make(config.model, sizes_of(task), config.option).to(options.device)
+    config = replace(config, graph=config.graph and has_fixed_shapes(model))
     training = questions(task, "train", config.questions, 0, options.cache)
     with tempfile.TemporaryDirectory() as scratch, Run("symbolic train", config, Path(scratch) / "run") as run:
         started = time.monotonic()

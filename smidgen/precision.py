@@ -1,8 +1,5 @@
 """Where to compute, and the type that device multiplies fastest without losing what matters."""
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 
@@ -30,11 +27,3 @@ def pick_device(name: str) -> torch.device:
 def has_triton() -> bool:
     """Torch for CUDA brings it on Linux."""
     return find_spec("triton") is not None
-
-
-@contextmanager
-def replaying() -> Iterator[None]:
-    """Trains by CUDA graphs, and says nothing of gradients that are added up on the stream of the capture: it costs an event an update."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")
-        yield

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
+from smidgen.cuda_graphs import replaying
 from smidgen.errors import UserError
 from smidgen.fewshot.episodes import Episode, Sampler, accuracy
 from smidgen.fewshot.graphs import Graphs, Training, sized
@@ -35,7 +36,6 @@ from smidgen.fewshot.methods.normal import Affine, Pooled, Sums
 from smidgen.fewshot.models import make
 from smidgen.fit import FitConfig, fit
 from smidgen.images import Images
-from smidgen.precision import replaying
 from smidgen.run import Run
 
 IMAGE = (1, 16, 16)

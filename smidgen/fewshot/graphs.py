@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from smidgen.cuda_graphs import captured
 from smidgen.errors import UserError
 from smidgen.fewshot.episodes import Episode, Tasks
 from smidgen.fewshot.methods.inner import PART, Classifier, Parts
@@ -64,10 +65,7 @@ class Graphs:
         tensors = episode.support_x, episode.support_y, episode.query_x, episode.query_y
         size = (*(x.shape for x in tensors), episode.room)
         if size not in self.made:
-            with torch.random.fork_rng([episode.support_x.device]):
-                self.made[size] = torch.cuda.make_graphed_callables(  # pyright: ignore  a module
-                    _Plain(self.method, episode), tensors, allow_unused_input=True, pool=self.pool
-                )
+            self.made[size] = captured(_Plain(self.method, episode), tensors, self.pool)
         return self.made[size](*tensors)
 
 

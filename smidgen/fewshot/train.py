@@ -24,6 +24,7 @@ import torch
 from cyclopts import Parameter
 from torch import nn
 
+from smidgen.cuda_graphs import replaying
 from smidgen.distributed import is_first_process, own_device, process_run
 from smidgen.errors import UserError
 from smidgen.fewshot.augment import Augment
@@ -38,7 +39,7 @@ from smidgen.fewshot.models import TRAINED, Description, describe, load, load_me
 from smidgen.fewshot.sets import SetsSampler, held_out, one_shape
 from smidgen.fit import CHECKPOINT, FitConfig, FitResult, fit
 from smidgen.images import Images
-from smidgen.precision import pick_device, replaying
+from smidgen.precision import pick_device
 from smidgen.run import Run
 
 __all__ = ["Config", "command", "load", "main", "train"]

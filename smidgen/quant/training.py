@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from smidgen.cuda_graphs import captured
 from smidgen.errors import UserError
 from smidgen.fit import Evaluate, FitConfig, FitResult, Loss, fit, shuffled
 from smidgen.quant.evaluate import exponential, mean, window_loss
@@ -70,9 +71,9 @@ def graphed(
     for group in groups:
         for parameter in group["params"]:
             parameter.requires_grad_(True)
-    with torch.autocast(example.device.type, precision, enabled=precision != torch.float32, cache_enabled=False):
-        recorded = torch.cuda.make_graphed_callables(_Loss(loss, model), (example,), allow_unused_input=True)
-    return lambda model, batch: recorded(batch)  # pyright: ignore  it was given a module
+    with torch.autocast(example.device.type, precision, enabled=precision != torch.float32):
+        recorded = captured(_Loss(loss, model), (example,))
+    return lambda model, batch: recorded(batch)
 
 
 class _Loss(nn.Module):

@@ -1,4 +1,4 @@
-"""Training by CUDA graphs: an update of a small network is a thousand kernels, which take longer to start than to run.
+"""Training by CUDA graphs.
 
     s2g-cnn, s2g-acnn               the grid network is one graph: its shapes never change
     gru-attention, transformers     the whole loss is: batches are padded, which changes nothing, to one of eight lengths, a graph each
@@ -15,8 +15,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from smidgen.cuda_graphs import captured, replaying
 from smidgen.fit import FitConfig
-from smidgen.precision import replaying
 from smidgen.symbolic.baselines import Attentive, Classifier, Recurrent, Seq2Seq
 from smidgen.symbolic.grid_model import GridModel
 from smidgen.symbolic.networks import Blocks
@@ -57,8 +57,8 @@ def capture_grid_network(model: GridModel, size: int, config: FitConfig) -> None
     shape = size, module.rows, module.columns, model.embedding.table.shape[1]
     precision = config.products(device)
     statistics = [(buffer, buffer.clone()) for buffer in network.buffers()]
-    with torch.autocast(device.type, precision, enabled=precision != torch.float32, cache_enabled=False):
-        torch.cuda.make_graphed_callables(network, (torch.randn(shape, device=device, requires_grad=True),))
+    with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+        captured(network, (torch.randn(shape, device=device, requires_grad=True),))
     for buffer, before in statistics:
         buffer.copy_(before)  # batch norm has seen the drawn grid
 
@@ -71,7 +71,7 @@ class Losses:
         self.model = model
         self.step = -(-longest // LENGTHS)
         self.made: dict[int, Callable[..., Tensor]] = {}
-        self.pool: tuple[int, int] | None = None
+        self.pool = torch.cuda.graph_pool_handle() if next(model.parameters()).is_cuda else None
 
     def __call__(self, tokens: Int[Tensor, "batch time"], mask: Bool[Tensor, "batch time"], target: Tensor) -> Float[Tensor, ""]:
         """The loss of a batch, whose gradient is a graph as well."""
@@ -79,16 +79,8 @@ class Losses:
         given = pad(tokens, (0, behind)), pad(mask, (0, behind)), target
         length = given[0].shape[1]
         if length not in self.made:
-            self.made[length] = self.captured(*given)
+            self.made[length] = captured(_Loss(self.model), given, self.pool)
         return self.made[length](*given)
-
-    def captured(self, *given: Tensor) -> Callable[..., Tensor]:
-        """One graph, in the precision that is set here."""
-        device = given[0].device
-        precision, enabled = torch.get_autocast_dtype(device.type), torch.is_autocast_enabled(device.type)
-        self.pool = self.pool or torch.cuda.graph_pool_handle()
-        with torch.random.fork_rng([device]), torch.autocast(device.type, precision, enabled=enabled, cache_enabled=False):
-            return torch.cuda.make_graphed_callables(_Loss(self.model), given, pool=self.pool)  # pyright: ignore  a module
 
 
 class _Loss(nn.Module):
