@@ -214,6 +214,8 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if min(options.steps, options.batch, options.questions, options.test, options.gpus, options.workers) < 1:
         parser.error("numbers must be positive")
+    if options.graph and options.device.type != "cuda":
+        parser.error("--graph needs a CUDA device; leave it out")
     return options
 
 
